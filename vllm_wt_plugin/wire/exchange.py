@@ -1,0 +1,308 @@
+"""The order of things in an update, once, without I/O: who asks, who answers, what undoes it.
+
+Each function is a generator that yields actions and is sent their results; a driver performs them
+(`server/control.py` with await, `trainer/client.py` on an LLM object without). An error of an
+action is thrown in, the generator undoes what was done, and raises it again.
+
+    begin + prepare on every rank → all agree → pause → apply + commit → all did → caches → resume
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Generator, Iterable
+from dataclasses import dataclass, replace
+from typing import Any
+
+from vllm_wt_plugin.errors import PlanError, TransferError, WeightSyncError, from_dict
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.messages import PlanReport, Reply
+from vllm_wt_plugin.wire.params import ParamSpec
+
+
+@dataclass(frozen=True)
+class Call:
+    """Run verbs on every worker of every engine → list[Reply]."""
+
+    verbs: tuple[msg.Verb, ...]
+
+
+@dataclass(frozen=True)
+class IsPaused:
+    """→ bool"""
+
+
+@dataclass(frozen=True)
+class Pause:
+    """Stop stepping; running requests are kept."""
+
+
+@dataclass(frozen=True)
+class ResetCaches:
+    """Drop everything computed with the old weights; must raise if anything stays."""
+
+
+@dataclass(frozen=True)
+class SetVersion:
+    version: str
+
+
+@dataclass(frozen=True)
+class Resume:
+    pass
+
+
+@dataclass(frozen=True)
+class WatchLease:
+    """Have the update end when its lease does, and resume the engine if that leaves it whole."""
+
+    session: str
+    owner: str
+    resume_after: bool
+
+
+Action = Call | IsPaused | Pause | ResetCaches | SetVersion | Resume | WatchLease
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What an update did, ranks combined. `report` is there when the plan was new."""
+
+    version: str
+    seconds: dict[str, float]  # the slowest rank's, by phase
+    report: PlanReport | None
+    session: str = ""  # of an update that is open now
+
+
+Steps = Generator[Action, Any, Outcome]
+
+
+@dataclass(frozen=True)
+class PushReply:
+    """What the engine core answers to a whole push: one of the three."""
+
+    outcome: Outcome | None = None
+    error: dict[str, str] | None = None
+    busy: bool = False
+
+
+def run(steps: Steps, perform: Callable[[Action], Any]) -> Outcome:
+    """Drive `steps` where actions need no awaiting. Adds the seconds of each kind of action."""
+    seconds: dict[str, float] = {}
+    try:
+        action = next(steps)
+        while True:
+            start = time.perf_counter()
+            try:
+                result = perform(action)
+            # Whatever an action raises, the steps decide what to undo.
+            except Exception as exc:
+                action = steps.throw(exc)
+            else:
+                note_time(seconds, action, start)
+                action = steps.send(result)
+    except StopIteration as stop:
+        outcome: Outcome = stop.value
+        return replace(outcome, seconds=seconds | outcome.seconds)
+
+
+def note_time(seconds: dict[str, float], action: Action, start: float) -> None:
+    phase = type(action).__name__.lower()
+    seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def must_reset(*done: bool) -> None:
+    """Raise unless every engine has dropped its prefix cache (vLLM says False, in silence)."""
+    if not all(done):
+        raise TransferError(
+            "the prefix cache could not be reset", next_step="push again, or restart the engine"
+        )
+
+
+def push(request: msg.PushRequest, lease_s: float = msg.LEASE_S) -> Steps:
+    """One whole update."""
+    session = secrets.token_hex(16)
+    was_paused = bool((yield IsPaused()))
+    specs = request.register.specs if request.register is not None else ()
+    done: list[Reply] = []
+    try:
+        ready = yield Call(
+            (
+                msg.Begin(session, request.owner, lease_s, not was_paused),
+                msg.Prepare(session, request.registration, request.register, True),
+            )
+        )
+        report = agree(ready, specs)
+        if not was_paused:
+            yield Pause()
+        done = yield Call((msg.Apply(session), msg.Commit(session, request.version)))
+        agree(done)
+    except Exception as exc:
+        yield from _undo(session, exc, done, resume=not was_paused)
+        raise
+    return (yield from _publish([*ready, *done], done, report))
+
+
+def start(body: msg.StartBody) -> Steps:
+    """Open an update of several calls. Pauses the engine, unless it is paused already."""
+    session = secrets.token_hex(16)
+    was_paused = bool((yield IsPaused()))
+    replies: list[Reply] = []
+    try:
+        verbs: tuple[msg.Verb, ...] = (
+            msg.Begin(session, body.owner, body.lease_s, not was_paused),
+        )
+        if body.announced is not None:
+            verbs += (msg.Announce(session, body.announced, body.announce),)
+        replies = yield Call(verbs)
+        report = agree(replies, body.announce.specs if body.announce is not None else ())
+        if not was_paused:
+            yield Pause()
+        yield WatchLease(session, body.owner, any(r.state.resume_after for r in replies))
+    except Exception as exc:
+        yield from _undo(session, exc, [], resume=not was_paused)
+        raise
+    return Outcome(replies[0].state.version, _slowest(replies), report, session)
+
+
+def bucket(index: int, session: str = "") -> Steps:
+    """One bucket of the open, announced update."""
+    done: list[Reply] = []
+    try:
+        done = yield Call((msg.Bucket(session, index),))
+        agree(done)
+    except Exception as exc:
+        now = yield Call((msg.Status(),))
+        yield from _undo(session, exc, done, resume=now[0].state.resume_after)
+        raise
+    return Outcome(done[0].state.version, _slowest(done), None)
+
+
+def update(info: msg.UpdateInfo, session: str = "") -> Steps:
+    """One part of the open update. A refused part ends the update."""
+    if info.bucket is not None:
+        return (yield from bucket(info.bucket, session))
+    key = secrets.token_hex(16)
+    part = info.registration(key)
+    done: list[Reply] = []
+    open_ = yield Call((msg.Status(),))
+    try:
+        ready = yield Call((msg.Prepare(session, key, part, False),))
+        report = agree(ready, part.specs)
+        done = yield Call((msg.Apply(session),))
+        agree(done)
+    except Exception as exc:
+        yield from _undo(session, exc, done, resume=open_[0].state.resume_after)
+        raise
+    return Outcome(done[0].state.version, _slowest([*ready, *done]), report)
+
+
+def finish(body: msg.FinishBody) -> Steps:
+    """Commit the open update, drop old caches, resume if `start` (or a failed one) paused."""
+    open_ = yield Call((msg.Status(),))
+    done: list[Reply] = []
+    try:
+        done = yield Call((msg.Commit(body.session, body.weight_version),))
+        agree(done)
+    except Exception as exc:
+        yield from _undo(body.session, exc, done, resume=open_[0].state.resume_after)
+        raise
+    return (yield from _publish(done, done, None))
+
+
+def abort(body: msg.AbortBody) -> Steps:
+    """End the named update, or whatever is open: to IDLE where nothing was written, else DIRTY."""
+    open_ = yield Call((msg.Status(),))
+    replies = yield from _undo(
+        body.session, TransferError(body.reason), [], resume=open_[0].state.resume_after
+    )
+    return Outcome(replies[0].state.version, _slowest(replies), None)
+
+
+def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) -> Steps:
+    version = done[0].state.version
+    resume = any(r.info.get("resume") for r in done)
+    try:
+        yield ResetCaches()
+        yield SetVersion(version)
+    except Exception as exc:
+        # New weights with old KV would answer wrongly and in silence.
+        why = f"the weights are new, but caches of the old ones could not be dropped: {exc}"
+        yield Call((msg.MarkDirty(why, resume),))
+        raise
+    if resume and not any(r.state.asleep for r in done):
+        yield Resume()
+    return Outcome(version, _slowest(all_), report)
+
+
+def _undo(
+    session: str, exc: Exception, done: list[Reply], *, resume: bool
+) -> Generator[Action, Any, list[Reply]]:
+    replies: list[Reply] = yield Call((msg.Abort(session, str(exc)),))
+    torn = any(r.error is None for r in done) and any(r.error for r in done)
+    dirty = [r.state.reason for r in replies if r.state.phase == "DIRTY"]
+    if torn or (dirty and len(dirty) < len(replies)):
+        why = dirty[0] if dirty else f"only some ranks took the update: {exc}"
+        resume = resume or any(r.info.get("resume") for r in done)
+        replies = yield Call((msg.MarkDirty(why, resume),))
+    elif resume and all(r.state.phase == "IDLE" and not r.state.asleep for r in replies):
+        yield Resume()
+    return replies
+
+
+def agree(replies: list[Reply], specs: Iterable[ParamSpec] = ()) -> PlanReport | None:
+    """Raise the first rank's error, or what only all ranks together can know; else rank 0's report.
+
+    A name that no rank takes, or of which all ranks together leave a part, is an error.
+    """
+    failed = [r for r in replies if r.error is not None]
+    if failed:
+        error = from_dict(failed[0].error or {})
+        if len(failed) > 1:
+            error.where += f" (and {len(failed) - 1} more of {len(replies)} ranks)"
+        raise error
+    reports = [r.report for r in replies if r.report is not None]
+    if not reports or len(reports) < len(replies):
+        return None
+    nowhere = set(reports[0].nowhere).intersection(*(r.nowhere for r in reports[1:]))
+    if nowhere:
+        names = sorted(nowhere)
+        raise PlanError(
+            f"{len(names)} names end nowhere in the served model: {', '.join(names[:20])}",
+            where=names[0],
+            next_step="compare the names with the served model's checkpoint",
+        )
+    left = [s for s in specs if _left_over(s, reports)]
+    if left:
+        raise PlanError(
+            "larger than what the served model takes of them: "
+            + ", ".join(f"{s.name} {tuple(s.shape)}" for s in left[:20]),
+            where=left[0].name,
+            next_step="compare shapes with the served model's checkpoint",
+        )
+    return reports[0]
+
+
+def _left_over(spec: ParamSpec, reports: list[PlanReport]) -> bool:
+    parts = [r.consumed.get(spec.name) for r in reports if spec.name not in r.nowhere]
+    return (
+        bool(parts)
+        and all(p is not None for p in parts)
+        and (sum(p or 0 for p in parts) < spec.numel)
+    )
+
+
+def _slowest(replies: list[Reply]) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for r in replies:
+        for phase, s in r.seconds.items():
+            out[phase] = max(out.get(phase, 0.0), s)
+    return out
+
+
+def unexpected(exc: Exception) -> WeightSyncError:
+    """Any other exception as one of ours, so that its text reaches the trainer."""
+    if isinstance(exc, WeightSyncError):
+        return exc
+    return TransferError(f"{type(exc).__name__}: {exc}", next_step="see the server's log")

@@ -1,0 +1,317 @@
+"""What travels: HTTP bodies, the verbs a worker runs, and its replies."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, TypeVar
+
+import msgspec
+
+from vllm_wt_plugin.errors import EngineDirty, RequestError, UpdateInProgress
+from vllm_wt_plugin.wire.handles import Hex32, Registration, Storage, TensorRef
+from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size
+
+T = TypeVar("T")
+PROTOCOL = 1
+LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
+
+Version = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Session = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]  # "": the open one
+
+
+class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    pass
+
+
+# ---- HTTP bodies --------------------------------------------------------------------------
+
+
+class PushRequest(_Data, frozen=True):
+    """One whole update. `register` is sent once; later pushes name `registration` alone."""
+
+    registration: Hex32
+    register: Registration | None = None
+    version: Version | None = None
+    owner: Text = ""  # who pushes, for the refusals other trainers get
+
+
+class IpcInit(_Data, frozen=True):
+    """`/init_weight_transfer_engine` for ipc: vLLM's `packed`, and ours."""
+
+    packed: bool = False
+    protocol: Annotated[int, msgspec.Meta(ge=1, le=PROTOCOL)] = PROTOCOL
+
+
+class InitBody(_Data, frozen=True):
+    init_info: dict[str, Any] = {}
+
+
+class Announcement(_Data, frozen=True):
+    """A packed trainer's tensors, and the buffers they will come through (`wire/buckets.py`)."""
+
+    id: Hex32
+    specs: Annotated[tuple[ParamSpec, ...], msgspec.Meta(min_length=1, max_length=2**20)]
+    buffer_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
+    buffers: Annotated[tuple[Registration, ...], msgspec.Meta(min_length=1, max_length=8)]
+
+
+class StartBody(_Data, frozen=True):
+    owner: Text = ""
+    lease_s: Lease = LEASE_S
+    is_checkpoint_format: bool = True
+    announced: Hex32 | None = None  # a packed update; `announce` is sent once
+    announce: Announcement | None = None
+
+
+class UpdateInfo(_Data, frozen=True):
+    """One update call: vLLM's fields (0.32/0.33), the older form, and ours (`storages`, `handles`).
+
+    `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`.
+    """
+
+    names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []
+    dtype_names: list[str] = []
+    shapes: list[Shape] = []
+    update_kind: Literal["dense", "sparse_flat"] = "dense"
+    packed: bool = False
+    bucket: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None  # of an announced update
+    storages: list[Storage] = []
+    handles: list[tuple[Size, Size, Shape | None]] = []
+    ipc_handles_pickled: str | None = None
+
+    def registration(self, key: str) -> Registration:
+        """The same as a `Registration`, checked; raises RequestError."""
+        if self.update_kind != "dense" or self.packed or self.ipc_handles_pickled is not None:
+            raise RequestError(
+                "this server takes dense updates with plain `storages` and `handles` only",
+                next_step="leave out update_kind, packed and ipc_handles_pickled, "
+                "or serve with the backend upstream_ipc",
+            )
+        for what, rows in (
+            ("dtype_names", self.dtype_names),
+            ("shapes", self.shapes),
+            ("handles", self.handles),
+        ):
+            if len(rows) != len(self.names):
+                raise RequestError(
+                    f"`{what}` should be of the same size as `names`: "
+                    f"got {len(rows)} and {len(self.names)}",
+                    where=f"$.update_info.{what}",
+                )
+        if not self.names:
+            raise RequestError("`names` is empty", where="$.update_info.names")
+        refs = tuple(
+            TensorRef(n, d, s, h[0], h[1], h[2])
+            for n, d, s, h in zip(
+                self.names, self.dtype_names, self.shapes, self.handles, strict=True
+            )
+        )
+        registration = Registration(key, tuple(self.storages), refs)
+        registration.check()
+        return registration
+
+
+class UpdateBody(_Data, frozen=True):
+    """`session`, here and below: what `start` answered, so that a trainer whose lease has ended
+    does not write into another's update. vLLM's own clients leave it out."""
+
+    update_info: UpdateInfo
+    session: Session = ""
+
+
+class FinishBody(_Data, frozen=True):
+    weight_version: Version | None = None
+    session: Session = ""
+
+
+class AbortBody(_Data, frozen=True):
+    reason: Text = "aborted by request"
+    session: Session = ""
+
+
+class VersionBody(_Data, frozen=True):
+    new_version: Version
+
+
+# ---- verbs: API server (or LLM object) → every worker --------------------------------------
+
+
+class _Verb(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="verb"):
+    pass
+
+
+class Status(_Verb, frozen=True, tag="status"):
+    """Read the state; ends an expired update first."""
+
+
+class Init(_Verb, frozen=True, tag="init"):
+    info: dict[str, Any]
+
+
+class Begin(_Verb, frozen=True, tag="begin"):
+    session: Session
+    owner: str
+    lease_s: float
+    resume_after: bool  # the API side paused the engine for this update
+
+
+class Prepare(_Verb, frozen=True, tag="prepare"):
+    """Check everything about an update; write nothing."""
+
+    session: Session
+    registration: Hex32
+    register: Registration | None
+    complete: bool  # every parameter of the model must be covered by this one
+
+
+class Announce(_Verb, frozen=True, tag="announce"):
+    """Check a packed update before its first bucket; write nothing."""
+
+    session: Session
+    announced: Hex32
+    announce: Announcement | None
+
+
+class Bucket(_Verb, frozen=True, tag="bucket"):
+    """Copy one bucket of the announced update out of its buffer."""
+
+    session: Session
+    index: int
+
+
+class Apply(_Verb, frozen=True, tag="apply"):
+    """Copy the prepared registration into the live weights."""
+
+    session: Session
+
+
+class Commit(_Verb, frozen=True, tag="commit"):
+    session: Session
+    version: str | None
+
+
+class Abort(_Verb, frozen=True, tag="abort"):
+    session: Session
+    reason: str
+
+
+class MarkDirty(_Verb, frozen=True, tag="mark_dirty"):
+    reason: str
+    resume_after: bool = False  # the update that heals it shall resume the engine
+
+
+class SetVersion(_Verb, frozen=True, tag="set_version"):
+    version: str
+
+
+class Shutdown(_Verb, frozen=True, tag="shutdown"):
+    """Forget registrations and close every mapping."""
+
+
+Verb = (
+    Status | Init | Begin | Prepare | Announce | Bucket | Apply | Commit | Abort | MarkDirty
+    | SetVersion | Shutdown
+)  # fmt: skip
+
+_verbs = msgspec.msgpack.Decoder(list[Verb])
+
+
+def encode_verbs(*verbs: Verb) -> bytes:
+    return msgspec.msgpack.encode(verbs)
+
+
+def decode_verbs(payload: object) -> list[Verb]:
+    """Verbs come as bytes only: JSON callers (dev mode's /collective_rpc) cannot make them."""
+    if not isinstance(payload, bytes):
+        raise RequestError(
+            "weight sync verbs are internal", next_step="use the routes, e.g. POST /push_weights"
+        )
+    return decode(_verbs, payload)
+
+
+# ---- replies ------------------------------------------------------------------------------
+
+
+class State(_Data, frozen=True):
+    """A worker's update session. `since` is a Unix time in seconds."""
+
+    phase: Literal["IDLE", "UPDATING", "DIRTY"]
+    version: str
+    reason: str = ""
+    owner: str = ""
+    session: str = ""
+    since: float = 0.0
+    lease_left_s: float = 0.0
+    resume_after: bool = False
+    wrote: bool = False
+    asleep: tuple[str, ...] = ()
+
+    def check_resumable(self) -> None:
+        """Raise unless the weights are whole and no open update is about to mix them."""
+        if self.phase == "DIRTY" or self.wrote:
+            raise EngineDirty(
+                "resume is refused: the weights are DIRTY: "
+                f"{self.reason or 'an update is half done'}",
+                next_step="push a complete dense update (POST /push_weights)",
+            )
+        if self.phase == "UPDATING":
+            raise UpdateInProgress(
+                f"resume is refused: an update of {self.owner or 'an unnamed trainer'} is open",
+                next_step="finish it, or POST /abort_weight_update",
+            )
+
+
+class PlanReport(_Data, frozen=True):
+    """What an update does on one rank; names are checkpoint names."""
+
+    tensors: int = 0
+    bytes: int = 0
+    segments: int = 0
+    in_place: int = 0  # modules
+    processed: dict[str, str] = {}  # module → why
+    opaque: dict[str, str] = {}
+    ignored: dict[str, str] = {}  # name → why
+    nowhere: list[str] = []
+    derived: list[str] = []  # live tensors that processing made
+    consumed: dict[str, int] = {}  # elements of each name this rank takes, where not all
+
+
+class Reply(_Data, frozen=True):
+    """One rank's answer. `error` is `WeightSyncError.to_dict()`."""
+
+    rank: int
+    state: State
+    error: dict[str, str] | None = None
+    report: PlanReport | None = None
+    seconds: dict[str, float] = {}
+    info: dict[str, Any] = {}
+
+
+def reply_from(data: Any) -> Reply:
+    return msgspec.convert(data, Reply)
+
+
+def decode(decoder: msgspec.json.Decoder[T] | msgspec.msgpack.Decoder[T], data: bytes) -> T:
+    """Decode or raise RequestError with the path of what is wrong."""
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as exc:
+        raise _refused(exc) from exc
+    except RecursionError as exc:
+        raise RequestError("the body is nested too deeply") from exc
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise RequestError(f"the body is not valid JSON: {exc}") from exc
+
+
+def convert(data: object, kind: type[T]) -> T:
+    """Plain data as one of the structs, or RequestError as `decode`."""
+    try:
+        return msgspec.convert(data, kind)
+    except msgspec.ValidationError as exc:
+        raise _refused(exc) from exc
+
+
+def _refused(exc: msgspec.ValidationError) -> RequestError:
+    text, _, path = str(exc).partition(" - at ")
+    return RequestError(text, where=path.strip("`"))
