@@ -1,0 +1,196 @@
+"""Same-host sharing: `Exporter` in the trainer, `Importer` in every worker.
+
+Exporter.register ─ Registration, once ─▶ Importer.open: views, kept by id
+Exporter.refresh ─ before every push ─▶ Importer.check_alive and wait, then read the views
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from vllm_wt_plugin.errors import HandleError, UnknownRegistration
+from vllm_wt_plugin.transport import cuda, memory, shm
+from vllm_wt_plugin.transport.layout import BaseExporter, Export, Mapped, Place, Span, empty, view
+from vllm_wt_plugin.wire.handles import (
+    CudaStorage,
+    LocalStorage,
+    Registration,
+    ShmStorage,
+    Storage,
+    TensorRef,
+)
+
+WAIT_S = 30.0
+
+
+class Exporter(BaseExporter):
+    """Trainer side. CPU storages are copied to shared memory by `refresh`, of each only the bytes
+    between the first and the last that a tensor uses; CUDA storages are shared as they are.
+
+    `refresh` records an event on the current stream of each GPU: call it where the weights
+    were last written. They must not be written again until the push has returned. The memory of
+    a shared CUDA storage is freed by `retire` or `close` at the earliest.
+    Segments left by dead trainers of this user are removed when an exporter is made.
+    """
+
+    copied = frozenset({"cpu"})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._fences: dict[torch.device, cuda.Fence] = {}
+        shm.sweep_orphans()
+
+    def _export(self, storage: torch.UntypedStorage, span: Span) -> Export:
+        if storage.device.type == "cuda":
+            return cuda.CudaExport(storage, span)
+        return shm.Segment(storage, span)
+
+    def _events(self, exports: Iterable[Place]) -> dict[str, bytes]:
+        devices = {place.device for place in exports if place.device.type == "cuda"}
+        for device in devices - self._fences.keys():
+            self._fences[device] = cuda.Fence(device)
+        return {self._fences[d].gpu_uuid: self._fences[d].handle for d in devices}
+
+    def refresh(self) -> None:
+        super().refresh()
+        for device in {place.device for place in self._current}:
+            if device in self._fences:
+                self._fences[device].record()
+
+    def close(self) -> None:
+        super().close()
+        self._fences.clear()
+
+
+@dataclass(frozen=True, slots=True)
+class _Opened:
+    registration: Registration
+    mapped: tuple[Mapped, ...]
+    tensors: dict[str, torch.Tensor]
+    events: tuple[torch.cuda.Event, ...]
+
+
+class Importer:
+    """Worker side: opens registrations and keeps them by id until `close`. Not thread-safe.
+
+    `device` is the worker's CUDA device, by default the current one when memory is first
+    mapped; CPU and in-process tensors stay where they are. A context manager.
+    """
+
+    def __init__(self, device: int | None = None) -> None:
+        self._device = device
+        self._opened: dict[str, _Opened] = {}
+
+    @property
+    def device(self) -> int:
+        if self._device is None:
+            self._device = torch.cuda.current_device()
+        return self._device
+
+    def open(self, registration: Registration) -> dict[str, torch.Tensor]:
+        """Views of every tensor by name, in order; the same dict while it stays open.
+
+        They show the trainer's memory: read only, after `check_alive` and `wait`, and do not
+        write. Raises RequestError, HandleError or TransferError naming the parameter; then
+        nothing is kept.
+        """
+        known = self._opened.get(registration.id)
+        if known is not None:
+            if known.registration != registration:
+                raise HandleError(
+                    "this registration id is in use for other tensors",
+                    next_step="register again: every registration has an id of its own",
+                )
+            return known.tensors
+        registration.check()
+        allocations = cuda.Allocations(registration.storages)
+        mapped: dict[int, Mapped] = {}
+        tensors: dict[str, torch.Tensor] = {}
+        for ref in registration.tensors:
+            storage = registration.storages[ref.storage]
+            if 0 in ref.shape:  # torch gives such a tensor no memory, so there may be none
+                tensors[ref.name] = self._empty(ref, storage)
+                continue
+            if ref.storage not in mapped:
+                mapped[ref.storage] = self._attach(storage, allocations, ref.name)
+            tensors[ref.name] = view(mapped[ref.storage], ref)
+        events = self._open_events(registration)
+        self._opened[registration.id] = _Opened(
+            registration, tuple(mapped.values()), tensors, events
+        )
+        return tensors
+
+    def _empty(self, ref: TensorRef, storage: Storage) -> torch.Tensor:
+        gpu = isinstance(storage, CudaStorage)
+        device = torch.device("cuda", self.device) if gpu else torch.device("cpu")
+        return empty(ref, ref.shape, device)
+
+    def _attach(self, storage: Storage, allocations: cuda.Allocations, name: str) -> Mapped:
+        match storage:
+            case ShmStorage():
+                return shm.attach(storage, name)
+            case CudaStorage():
+                return allocations.attach(storage, self.device, name)
+            case LocalStorage():
+                return memory.attach(storage, name)
+
+    def _open_events(self, registration: Registration) -> tuple[torch.cuda.Event, ...]:
+        used = {s.gpu_uuid for s in registration.storages if isinstance(s, CudaStorage)}
+        return tuple(
+            cuda.open_event(handle, self.device, uuid)
+            for uuid, handle in registration.events.items()
+            if uuid in used
+        )
+
+    def _get(self, registration_id: str) -> _Opened:
+        try:
+            return self._opened[registration_id]
+        except KeyError:
+            raise UnknownRegistration(
+                "this worker does not hold these tensors",
+                next_step="send the whole registration again",
+            ) from None
+
+    def check_alive(self, registration_id: str) -> None:
+        """The trainer still shares this memory. Call before every read of CPU tensors.
+
+        Raises UnknownRegistration, or HandleError for a segment that is gone, was replaced or
+        has shrunk. CUDA memory stays mapped when its trainer ends and is not checked.
+        """
+        for mapped in self._get(registration_id).mapped:
+            mapped.check()
+
+    def wait(self, registration: Registration, seconds: float = WAIT_S) -> None:
+        """Block until the trainer's GPUs have done what came before its last `refresh`.
+
+        At once for CPU tensors. Raises TransferError after `seconds`, UnknownRegistration.
+        """
+        for event in self._get(registration.id).events:
+            cuda.wait(event, seconds)
+
+    def close(self, registration_id: str | None = None) -> None:
+        """Forget one registration, or all. Idempotent.
+
+        Memory is unmapped when the last tensor on it is gone, the caller's included. Let GPU
+        reads finish first.
+        """
+        if registration_id is None:
+            self._opened.clear()
+        else:
+            self._opened.pop(registration_id, None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
