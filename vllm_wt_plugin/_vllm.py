@@ -1,0 +1,218 @@
+"""The one file that knows vLLM's insides, and so the one that differs between its versions.
+
+Everything here was read in vLLM 0.32 and 0.33. Importing this module imports vLLM.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+import vllm
+from torch import nn
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed.weight_transfer.base import WeightTransferEngine
+from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
+from vllm.logger import init_logger
+from vllm.model_executor.layers.attention import is_deferred_attention_layer
+from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader import utils as loader_utils
+from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
+from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
+from vllm.platforms import current_platform
+from vllm.utils.torch_utils import set_default_torch_dtype
+from vllm.v1.engine.core import DPEngineCoreProc, EngineCore
+from vllm.v1.worker.gpu_worker import Worker
+
+from vllm_wt_plugin.errors import UnsupportedVLLM
+from vllm_wt_plugin.worker.plan.blueprint import Blueprint
+from vllm_wt_plugin.worker.plan.host import Hook
+
+SUPPORTED = ((0, 32), (0, 34))  # from, below
+_BLUEPRINT = "_wt_blueprint"
+
+__all__ = [
+    "EngineCore",
+    "VllmHost",
+    "WeightTransferEngine",
+    "check_version",
+    "init_logger",
+    "swap_engine",
+    "take_blueprints",
+    "worker_classes",
+    "wrap",
+]
+
+
+def check_version() -> None:
+    """Raise UnsupportedVLLM unless this vLLM is one the plugin was tried on."""
+    text = vllm.__version__
+    try:
+        version = tuple(int(p) for p in text.split("+")[0].split(".")[:2])
+    except ValueError:
+        version = ()
+    if not SUPPORTED[0] <= version < SUPPORTED[1]:
+        low, high = (".".join(map(str, v)) for v in SUPPORTED)
+        raise UnsupportedVLLM(
+            f"vLLM {text} is not supported",
+            next_step=f"install vLLM >= {low}, < {high}; its own backends stay in use until then",
+        )
+
+
+def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
+    """Replace `owner.name` by `make(original)`, once; a second call changes nothing."""
+    original = owner.__dict__.get(name)
+    if original is None or getattr(original, "_wt_wrapped", False):
+        return
+    wrapped: Any = functools.wraps(original)(make(original))
+    wrapped._wt_wrapped = True
+    setattr(owner, name, wrapped)
+
+
+def swap_engine(name: str, engine: type[WeightTransferEngine]) -> None:
+    """Serve `name` with our engine; vLLM's own stays reachable as `upstream_<name>`."""
+    registry = WeightTransferEngineFactory._registry
+    if f"upstream_{name}" not in registry and name in registry:
+        registry[f"upstream_{name}"] = registry[name]
+    registry[name] = lambda: engine
+
+
+def serves(name: str) -> bool:
+    """Whether `swap_engine` was done, in this process."""
+    return f"upstream_{name}" in WeightTransferEngineFactory._registry
+
+
+def unswap_engine(name: str) -> None:
+    """Undo `swap_engine`."""
+    registry = WeightTransferEngineFactory._registry
+    if (upstream := registry.pop(f"upstream_{name}", None)) is not None:
+        registry[name] = upstream
+
+
+def take_blueprints() -> None:
+    """Have a `Blueprint` taken of every model that vLLM builds, before it is loaded."""
+
+    def make(original: Any) -> Any:
+        def record_metadata_for_reloading(model: nn.Module) -> None:
+            original(model)
+            blueprint = Blueprint(model, unwrap=_unwrap_loader)
+            # Past nn.Module.__setattr__: a plain attribute that no registry sees.
+            model.__dict__[_BLUEPRINT] = blueprint
+
+        return record_metadata_for_reloading
+
+    wrap(loader_utils, "record_metadata_for_reloading", make)
+
+
+def _unwrap_loader(value: Any) -> Any:
+    """Online quantisation wraps `weight_loader` to count elements; recording wants the inner."""
+    while getattr(value, "__name__", "") == "online_process_loader":
+        value = value.__wrapped__
+    return value
+
+
+def worker_classes() -> list[type[Worker]]:
+    """Worker classes of this platform that define methods of their own."""
+    if not current_platform.is_cpu():
+        return [Worker]
+    from vllm.v1.worker.cpu_worker import CPUWorker
+
+    return [Worker, CPUWorker]
+
+
+def engine_core_classes() -> list[type[EngineCore]]:
+    return [EngineCore, DPEngineCoreProc]
+
+
+class VllmHost:
+    """The `Host` of the load plan for one model of one vLLM worker."""
+
+    def __init__(self, model: nn.Module, vllm_config: VllmConfig, device: torch.device) -> None:
+        self.model, self.vllm_config, self.device = model, vllm_config, device
+        blueprint = model.__dict__.get(_BLUEPRINT)
+        if blueprint is None:
+            raise UnsupportedVLLM(
+                f"no record of {type(model).__name__} from before it was loaded",
+                next_step="name `wt` in VLLM_PLUGINS for every process of the engine",
+            )
+        self.blueprint: Blueprint = blueprint
+        if vllm_config.parallel_config.enable_eplb:
+            raise UnsupportedVLLM(
+                "expert load balancing moves experts while serving",
+                where="enable_eplb",
+                next_step="serve without --enable-eplb, or with the backend upstream_ipc",
+            )
+        text = vllm_config.model_config.hf_text_config
+        self.num_hidden_layers: int | None = getattr(text, "num_hidden_layers", None)
+        self.tied_head = bool(getattr(text, "tie_word_embeddings", False)) or bool(
+            getattr(vllm_config.model_config.hf_config, "tie_word_embeddings", False)
+        )
+
+    def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object:
+        with disable_mtp_completeness_check():
+            return self.model.load_weights(weights)  # type: ignore[operator]
+
+    def hook(self, module: nn.Module) -> Hook | None:
+        method = getattr(module, "quant_method", None)
+        if not isinstance(method, QuantizeMethodBase):
+            return None
+
+        def process() -> None:
+            method.process_weights_after_loading(module)
+            if callable(update := getattr(module, "update_param_tp_status", None)):
+                update()
+
+        return process
+
+    def late_hooks(self) -> dict[str, tuple[nn.Module, Hook]]:
+        dtype = self.vllm_config.model_config.dtype
+        hooks: dict[str, tuple[nn.Module, Hook]] = {
+            name: (m, functools.partial(m.process_weights_after_loading, dtype))
+            for name, m in self.model.named_modules()
+            if is_deferred_attention_layer(m)
+        }
+        if hasattr(self.model, "process_weights_after_loading"):
+            hooks[""] = (self.model, self.model.process_weights_after_loading)  # type: ignore[assignment]
+        return hooks
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            stack.enter_context(set_current_vllm_config(self.vllm_config))
+            stack.enter_context(set_default_torch_dtype(self.vllm_config.model_config.dtype))
+            stack.enter_context(_without_lora(self.model))
+            yield
+
+    def context(self) -> AbstractContextManager[object]:
+        return self._active()
+
+    def loadable(self, t: torch.Tensor) -> int:
+        return int(get_tensor_load_numel(t))
+
+    def synchronize(self) -> None:
+        """Wait until this worker's device has done what was asked of it."""
+        if self.device.type != "cpu":
+            torch.accelerator.current_stream(self.device).synchronize()
+
+
+@contextmanager
+def _without_lora(model: nn.Module) -> Iterator[None]:
+    """LoRA wrappers out of the module tree for a while: loaders know the names without them."""
+    from vllm.lora.layers import BaseLayerWithLoRA
+
+    taken: list[tuple[nn.Module, str, nn.Module]] = []
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if isinstance(child, BaseLayerWithLoRA):
+                taken.append((parent, name, child))
+    try:
+        for parent, name, child in taken:
+            base: Any = child.base_layer
+            parent._modules[name] = base
+        yield
+    finally:
+        for parent, name, child in taken:
+            parent._modules[name] = child

@@ -1,0 +1,69 @@
+"""A whole push inside vLLM's engine core, in one call.
+
+The core runs a utility call between two steps and nothing else meanwhile. While no request is
+under way, the exchange (begin, check, copy, commit, caches) can therefore run there without a
+round trip to the API server for each of its steps: 5 ms less beside the data.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+from vllm.v1.core.sched.interface import PauseState
+
+from vllm_wt_plugin.errors import RequestError
+from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import messages as msg
+
+_requests = msgspec.msgpack.Decoder(msg.PushRequest)
+
+
+def weight_push(core: Any, payload: object) -> dict[str, Any]:
+    """A method of `EngineCore`: `exchange.PushReply` as data. Raises nothing of ours.
+
+    `busy` when requests are under way, or caches outside the core hold old results: the caller
+    then takes the steps one by one, with a pause.
+    """
+    try:
+        if not isinstance(payload, bytes):
+            raise RequestError("weight pushes are internal", next_step="POST /push_weights")
+        request = msg.decode(_requests, payload)
+        if _busy(core):
+            reply = exchange.PushReply(busy=True)
+        else:
+            steps = exchange.push(request)
+            reply = exchange.PushReply(exchange.run(steps, lambda a: _perform(core, a)))
+    # Across the process border errors are data, so that their kind survives.
+    except Exception as exc:
+        reply = exchange.PushReply(error=exchange.unexpected(exc).to_dict())
+    data: dict[str, Any] = msgspec.to_builtins(reply)
+    return data
+
+
+def _busy(core: Any) -> bool:
+    return bool(
+        core.vllm_config.parallel_config.data_parallel_size > 1
+        or core.vllm_config.model_config.is_multimodal_model
+        or core.scheduler.has_unfinished_requests()
+        or getattr(core, "batch_queue", None)
+        or getattr(core, "_idle_state_callbacks", None)
+    )
+
+
+def _perform(core: Any, action: exchange.Action) -> Any:
+    match action:
+        case exchange.Call():
+            payload = msg.encode_verbs(*action.verbs)
+            rows = core.model_executor.collective_rpc("weight_sync", args=(payload,))
+            return [msgspec.convert(r, msg.Reply) for r in rows]
+        case exchange.IsPaused():
+            return core.is_scheduler_paused()
+        case exchange.Pause():
+            return core.scheduler.set_pause_state(PauseState.PAUSED_ALL)
+        case exchange.Resume():
+            return core.scheduler.set_pause_state(PauseState.UNPAUSED)
+        case exchange.ResetCaches():
+            return exchange.must_reset(core.reset_prefix_cache(True, True))
+        case exchange.SetVersion():
+            return core.set_weight_version(action.version)

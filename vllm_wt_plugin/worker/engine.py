@@ -1,0 +1,84 @@
+"""The weight transfer engine vLLM creates for `"backend": "ipc"`: its lifecycle onto a session."""
+
+from __future__ import annotations
+
+import secrets
+from typing import Any
+
+import msgspec
+import torch
+from vllm.distributed.weight_transfer.base import (
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+
+from vllm_wt_plugin._vllm import VllmHost, init_logger
+from vllm_wt_plugin.errors import RequestError
+from vllm_wt_plugin.transport.ipc import Importer
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.worker.session import WorkerSession
+
+logger = init_logger("vllm.wt.worker")
+
+
+class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdateInfo]):  # type: ignore[misc]
+    """Pulls weights from trainers on this host, straight into live parameters, by the load plan.
+
+    Created by vLLM's factory after the model is loaded, on every worker. `session` is what the
+    verbs drive; the methods below are vLLM's own interface to the same session.
+    """
+
+    supports_draft_weight_update = False
+
+    def __init__(self, config: Any, vllm_config: Any, device: torch.device, model: Any) -> None:
+        super().__init__(config, vllm_config, device, model)
+        parallel = vllm_config.parallel_config
+        self.after_commit: Any = lambda: None  # set by the worker: it resets LoRA state
+        self._session_id = ""
+        self.session = WorkerSession(
+            lambda: VllmHost(self.model, vllm_config, device),
+            Importer(device.index),
+            rank=parallel.data_parallel_index * parallel.world_size + parallel.rank,
+            log=logger.error,
+            after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
+            synchronize=self._synchronize,
+        )
+
+    def _synchronize(self) -> None:
+        if self.device.type != "cpu":
+            torch.accelerator.current_stream(self.device).synchronize()
+
+    def _run(self, *verbs: msg.Verb) -> dict[str, Any]:
+        return self.session.call(msg.encode_verbs(*verbs))
+
+    # vLLM's lifecycle. Each returns the session's reply as data and raises nothing; the engine
+    # core raises once all ranks have answered (`register.py`).
+
+    def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
+        return init_dict
+
+    def init_transfer_engine(self, init_info: Any) -> dict[str, Any]:
+        return self._run(msg.Init(init_info))
+
+    def start_weight_update(self) -> dict[str, Any]:
+        self._session_id = secrets.token_hex(16)
+        return self._run(msg.Begin(self._session_id, "a vLLM client", msg.LEASE_S, False))
+
+    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+        key = secrets.token_hex(16)
+        try:
+            info = msgspec.convert(update_info, msg.UpdateInfo)
+            verb = msg.Prepare(self._session_id, key, info.registration(key), False)
+        except (msgspec.ValidationError, RequestError) as exc:
+            return self.session.refuse(exc)
+        return self._run(verb, msg.Apply(self._session_id))
+
+    def receive_weights(self, update_info: Any) -> None:
+        self.update_weights(update_info)
+
+    def finish_weight_update(self) -> dict[str, Any]:
+        return self._run(msg.Commit(self._session_id, None))
+
+    def shutdown(self) -> dict[str, Any]:
+        return self._run(msg.Abort("", "shutdown"), msg.Shutdown())

@@ -1,0 +1,130 @@
+"""What a worker keeps from one update to the next: plans, registrations, announcements."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+
+from vllm_wt_plugin.errors import HandleError, UnknownRegistration
+from vllm_wt_plugin.transport.ipc import Importer
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.handles import Registration
+from vllm_wt_plugin.wire.params import ParamSpec, check_specs
+from vllm_wt_plugin.worker.packed import Announced
+from vllm_wt_plugin.worker.plan.build import build
+from vllm_wt_plugin.worker.plan.host import Host
+from vllm_wt_plugin.worker.plan.plan import LoadPlan
+from vllm_wt_plugin.worker.plan.update import Replay
+
+KEEP = 4  # of each, the last used; a trainer uses one
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Registered:
+    """A trainer's tensors as this worker sees them; `replay` unless it is a part of an update."""
+
+    registration: Registration
+    plan: LoadPlan
+    tensors: dict[str, torch.Tensor]
+    replay: Replay | None
+
+
+class Known:
+    """Finds what a trainer names by an id, or makes it from what the trainer sends along."""
+
+    def __init__(self, host: Callable[[], Host], importer: Importer) -> None:
+        self.importer = importer
+        self._make_host = host
+        self._host: Host | None = None
+        self._registered: OrderedDict[str, Registered] = OrderedDict()
+        self._announced: OrderedDict[str, Announced] = OrderedDict()
+        self._plans: OrderedDict[tuple[tuple[ParamSpec, ...], bool], LoadPlan] = OrderedDict()
+
+    @property
+    def host(self) -> Host:
+        """Made when it is first needed: an engine that nobody updates is left alone."""
+        if self._host is None:
+            self._host = self._make_host()
+        return self._host
+
+    @property
+    def registrations(self) -> list[str]:
+        return list(self._registered)
+
+    def plan(self, specs: tuple[ParamSpec, ...], *, complete: bool) -> LoadPlan:
+        key = specs, complete
+        if key not in self._plans:
+            self._plans[key] = build(self.host, specs, complete=complete)
+            if len(self._plans) > KEEP:
+                self._plans.popitem(last=False)
+        self._plans.move_to_end(key)
+        return self._plans[key]
+
+    def registered(self, verb: msg.Prepare, timed: Timed) -> tuple[Registered, bool]:
+        """What `verb` names, and whether it is new. Raises UnknownRegistration, HandleError."""
+        key = verb.registration
+        new = key not in self._registered
+        if new:
+            if verb.register is None or verb.register.id != key:
+                raise UnknownRegistration(
+                    "the worker does not hold these handles",
+                    next_step="send the registration again",
+                )
+            self._registered[key] = self._open(verb.register, verb.complete, timed)
+            for old in self.registrations[:-KEEP]:
+                self.release(old)
+        elif verb.register not in (None, self._registered[key].registration):
+            raise HandleError(
+                "this registration id is in use for other tensors",
+                next_step="register again: every registration has an id of its own",
+            )
+        self._registered.move_to_end(key)
+        return self._registered[key], new
+
+    def _open(self, reg: Registration, complete: bool, timed: Timed) -> Registered:
+        with timed("plan"):
+            plan = self.plan(reg.specs, complete=complete)
+        with timed("open"):
+            tensors = self.importer.open(reg)
+            try:
+                replay = Replay(plan, tensors) if complete else None
+            except BaseException:
+                self.importer.close(reg.id)
+                raise
+        return Registered(reg, plan, tensors, replay)
+
+    def announced(self, verb: msg.Announce, timed: Timed) -> tuple[Announced, bool]:
+        """What `verb` names, and whether it is new. Raises UnknownRegistration, PlanError."""
+        key = verb.announced
+        new = key not in self._announced
+        if new:
+            if verb.announce is None or verb.announce.id != key:
+                raise UnknownRegistration(
+                    "the worker does not know this announcement", next_step="send it again"
+                )
+            check_specs(verb.announce.specs)
+            with timed("plan"):
+                plan = self.plan(verb.announce.specs, complete=True)
+            with timed("open"):
+                self._announced[key] = Announced(verb.announce, plan, self.importer)
+            for old in list(self._announced)[:-KEEP]:
+                self._announced.pop(old).close()
+        self._announced.move_to_end(key)
+        return self._announced[key], new
+
+    def release(self, registration: str) -> None:
+        if self._registered.pop(registration, None) is not None:
+            self.importer.close(registration)
+
+    def forget(self) -> None:
+        """Close every mapping; plans stay."""
+        for key in self.registrations:
+            self.release(key)
+        while self._announced:
+            self._announced.popitem()[1].close()
+        self.importer.close()

@@ -1,0 +1,92 @@
+"""Packed updates on the worker: tensors that come in rows, through buffers that are used again."""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_wt_plugin.errors import HandleError, PlanError, RequestError
+from vllm_wt_plugin.transport.ipc import Importer
+from vllm_wt_plugin.wire.buckets import Piece, cut
+from vllm_wt_plugin.wire.messages import Announcement
+from vllm_wt_plugin.worker.plan.batch import Batch
+from vllm_wt_plugin.worker.plan.host import Host
+from vllm_wt_plugin.worker.plan.plan import LoadPlan
+from vllm_wt_plugin.worker.plan.update import Update
+
+
+class Announced:
+    """What stays the same from one packed push to the next: plan, cut, buffers, copies."""
+
+    def __init__(self, new: Announcement, plan: LoadPlan, importer: Importer) -> None:
+        if plan.must_equal:
+            raise PlanError(
+                "two names are one tensor in the served model, which a packed push cannot compare",
+                where=plan.must_equal[0][0].name,
+                next_step="push with packed=False, or leave one of the names out",
+            )
+        self.plan, self.importer, self.registrations = plan, importer, new.buffers
+        self.buckets = cut(new.specs, new.buffer_bytes)
+        self.memory: list[torch.Tensor] = []
+        self.batches: dict[int, Batch] = {}  # by bucket, once built
+        try:
+            for reg in new.buffers:
+                tensors = list(importer.open(reg).values())
+                if [(t.dtype, tuple(t.shape)) for t in tensors] != [
+                    (torch.uint8, (new.buffer_bytes,))
+                ]:
+                    raise HandleError("the buffer is not what was announced", where="buffers")
+                self.memory += tensors
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Unmap the buffers."""
+        self.memory.clear()
+        self.batches.clear()
+        for reg in self.registrations:
+            self.importer.close(reg.id)
+
+
+class PackedUpdate:
+    """One packed update under way: buckets in order, each once."""
+
+    def __init__(self, announced: Announced, host: Host) -> None:
+        self._announced = announced
+        self._update = Update(host, announced.plan)
+        self._next = 0
+
+    def expect(self, index: int) -> None:
+        """Refuse any bucket but the next; wait until the trainer has filled its buffer."""
+        a = self._announced
+        if index != self._next or index >= len(a.buckets):
+            raise RequestError(
+                f"bucket {index} of {len(a.buckets)} came, {self._next} was expected",
+                next_step="send buckets in order, each once",
+            )
+        reg = a.registrations[index % len(a.memory)]
+        a.importer.check_alive(reg.id)
+        a.importer.wait(reg)
+
+    def receive(self) -> None:
+        """Copy the expected bucket."""
+        a, index = self._announced, self._next
+        memory = a.memory[index % len(a.memory)]
+        pieces = [(p, _rows(memory, p)) for p in a.buckets[index]]
+        a.batches[index] = self._update.receive_pieces(pieces, a.batches.get(index))
+        self._next += 1
+
+    def finish(self) -> None:
+        if missing := len(self._announced.buckets) - self._next:
+            raise RequestError(
+                f"{missing} of {len(self._announced.buckets)} buckets never came",
+                next_step="send every bucket before finishing the update",
+            )
+        self._update.finish()
+
+
+def _rows(buffer: torch.Tensor, piece: Piece) -> torch.Tensor:
+    """The rows of a tensor that lie in a packed buffer."""
+    data = buffer[piece.offset : piece.offset + piece.nbytes]
+    dtype: torch.dtype = getattr(torch, piece.spec.dtype)
+    return data.view(dtype).view(piece.shape)

@@ -1,0 +1,85 @@
+"""Does a list of names fill every parameter of the model, wholly?"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import replace
+
+from vllm_wt_plugin.errors import PlanError
+from vllm_wt_plugin.worker.plan.host import Host, form_of
+from vllm_wt_plugin.worker.plan.plan import LoadPlan
+from vllm_wt_plugin.worker.plan.record import Recording, Written
+from vllm_wt_plugin.worker.plan.segment import Region, covered
+from vllm_wt_plugin.worker.plan.verify import rehearse
+
+
+def check_coverage(plan: LoadPlan, host: Host, rec: Recording, complete: bool) -> None:
+    """Parameters that this list fills only in part: an error, or the loader's business.
+
+    Makes `plan.opaque` and what follows from it final. Raises PlanError if `complete`.
+    """
+    written = list(rec.written)
+    short = _short(plan, host, written)
+    if rec.dropped:
+        names = plan.opaque_names | {s.name for m in short for s in plan.segments.get(m, [])}
+        specs = [s for s in plan.specs.values() if s.name in names]
+        rehearsed = rehearse(host, plan.opaque.keys() | short.keys(), specs)
+        why = "its loader cannot be recorded: " + next(iter(rec.dropped.values()))
+        plan.opaque |= {m: why for (m, _), _ in rehearsed if m in short}
+        short = _short(plan, host, written + rehearsed)
+    if short and complete:
+        rows = [r for rs in short.values() for r in rs]
+        raise PlanError(
+            f"{len(rows)} live parameters that no name covers: " + ", ".join(rows[:20]),
+            where=rows[0].split(" ")[0],
+            next_step="send every parameter of the model in one update",
+        )
+    _spread(plan, host)
+    for name in plan.opaque:
+        plan.processed.pop(name, None)
+        plan.in_place.discard(name)
+        plan.opaque_names |= {s.name for s in plan.segments.get(name, [])}
+
+
+def _short(plan: LoadPlan, host: Host, written: list[Written]) -> dict[str, list[str]]:
+    """Modules with parameters that are not, or not wholly, filled: {module: what, in words}."""
+    filled = _filled(plan, host, written)
+    short: dict[str, list[str]] = {}
+    for name, module in host.model.named_modules():
+        form = host.blueprint.form(module)
+        for tensor, tform in () if form is None else form.params.items():
+            if module._parameters.get(tensor) is None and tform.numel == 1:
+                continue  # processing removed it: a scale that few checkpoints have
+            need, have = host.loadable(tform.empty("meta")), filled.get(tform.key, 0)
+            if have < need:
+                part = f"{have} of {need} elements" if have else "nothing"
+                short.setdefault(name, []).append(f"{name}.{tensor} ({part})")
+    return short
+
+
+def _filled(plan: LoadPlan, host: Host, written: list[Written]) -> dict[int, int]:
+    """Elements written of each tensor in checkpoint form, by its key."""
+    parts: dict[int, list[Region]] = defaultdict(list)
+    rows = [(s.target, s.dest) for segments in plan.segments.values() for s in segments]
+    rows += [(f.target, f.dest) for fills in plan.fills.values() for f in fills]
+    for target, dest in rows + written:
+        form = form_of(host, target)
+        parts[form.key].append(replace(dest, offset=form.offset + dest.offset))
+    return {key: covered(regions) for key, regions in parts.items()}
+
+
+def _spread(plan: LoadPlan, host: Host) -> None:
+    """Whatever shares memory with an opaque module in checkpoint form is the loader's, too."""
+    keys: dict[str, set[int]] = {}
+    users: dict[int, set[str]] = defaultdict(set)
+    for name, module in host.model.named_modules():
+        if (form := host.blueprint.form(module)) is not None:
+            keys[name] = {f.key for f in form.tensors.values()}
+            for key in keys[name]:
+                users[key].add(name)
+    todo = list(plan.opaque)
+    while todo:
+        name = todo.pop()
+        for other in set().union(*(users[key] for key in keys.get(name, ()))) - plan.opaque.keys():
+            plan.opaque[other] = f"tied to {name}"
+            todo.append(other)

@@ -1,0 +1,58 @@
+"""The load plan of one model for one list of checkpoint tensors.
+
+    in place    the live tensor is the checkpoint-form tensor: an update is a copy
+    processed   the live form is computed: copy into checkpoint form, compute it again
+    opaque      loading cannot be expressed as copies: the module goes through vLLM's loader
+
+`build.py` makes it, `update.py` follows it. Integers and names only, no tensor is kept.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from torch import nn
+
+from vllm_wt_plugin.wire.messages import PlanReport
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.worker.plan.segment import Fill, Segment
+
+
+@dataclass
+class LoadPlan:
+    """Where every checkpoint tensor of `specs` goes, module by module (qualified names)."""
+
+    specs: dict[str, ParamSpec]
+    segments: dict[str, list[Segment]] = field(default_factory=dict)  # by module
+    fills: dict[str, list[Fill]] = field(default_factory=dict)
+    in_place: set[str] = field(default_factory=set)
+    processed: dict[str, str] = field(default_factory=dict)
+    opaque: dict[str, str] = field(default_factory=dict)
+    opaque_names: set[str] = field(default_factory=set)  # what the loader needs for `opaque`
+    late: dict[str, set[str]] = field(default_factory=dict)  # late hook → modules it reads
+    must_equal: list[tuple[Segment, Segment]] = field(default_factory=list)
+    report: PlanReport = field(default_factory=PlanReport)
+    modules: dict[str, nn.Module] = field(default_factory=dict)  # of the model, by name
+
+    @cached_property
+    def empty(self) -> frozenset[str]:
+        """Names without elements: they have arrived before they are sent."""
+        return frozenset(n for n, s in self.specs.items() if not s.numel)
+
+    @property
+    def computed_names(self) -> set[str]:
+        """Names that take more than a copy into live memory."""
+        return self.opaque_names | {
+            s.name for m in self.processed for s in self.segments.get(m, [])
+        }
+
+    @cached_property
+    def by_name(self) -> dict[str, list[tuple[str, Segment]]]:
+        """Each checkpoint name's segments, with their modules."""
+        out: dict[str, list[tuple[str, Segment]]] = defaultdict(list)
+        for module, rows in self.segments.items():
+            for seg in rows:
+                out[seg.name].append((module, seg))
+        return dict(out)

@@ -1,0 +1,267 @@
+"""Replay: put checkpoint tensors into the live model by the plan.
+
+One `Update` takes the tensors of one plan, in one call or many; a module that is computed after
+loading is finished as soon as its last tensor is there, so at most one is held in checkpoint form
+when all tensors come at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import torch
+from torch import nn
+
+from vllm_wt_plugin.errors import PlanError, RequestError
+from vllm_wt_plugin.wire.buckets import Piece
+from vllm_wt_plugin.worker.plan.batch import Batch
+from vllm_wt_plugin.worker.plan.blueprint import TensorForm, tensors_of_module
+from vllm_wt_plugin.worker.plan.host import Host
+from vllm_wt_plugin.worker.plan.ops import storage_key
+from vllm_wt_plugin.worker.plan.plan import LoadPlan
+from vllm_wt_plugin.worker.plan.process import changed, install, rerun
+from vllm_wt_plugin.worker.plan.segment import narrow, source_view
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+def check_equal(plan: LoadPlan, tensors: Tensors) -> None:
+    """Two names that end in one place must bring the same bits; reads both, writes nothing."""
+    for a, b in plan.must_equal:
+        if a.name in tensors and b.name in tensors:
+            x, y = source_view(tensors[a.name], a.source), source_view(tensors[b.name], b.source)
+            if x.dtype != y.dtype or a.dest != b.dest or not torch.equal(x, y):
+                raise PlanError(
+                    f"{a.name} and {b.name} are one tensor in the served model, "
+                    "and the update brings different values for them",
+                    where=a.name,
+                    next_step="push tied values, or start the engine from an untied checkpoint",
+                )
+
+
+class Replay:
+    """The in-place part of a plan for fixed source tensors: built once, run every push.
+
+    Holds the tensors it reads and writes; `run` is asynchronous on the current stream.
+    """
+
+    def __init__(self, plan: LoadPlan, tensors: Tensors) -> None:
+        self.modules = {m for m in plan.in_place if m in plan.segments}
+        pairs, self._loose = [], []
+        for module in sorted(self.modules):
+            own = tensors_of_module(plan.modules[module])
+            for seg in plan.segments[module]:
+                dest = seg.dest.of_tensor(own[seg.target[1]])
+                source = source_view(tensors[seg.name], seg.source)
+                if storage_key(source) == storage_key(tensors[seg.name]):
+                    pairs.append((dest, source))
+                else:  # a view could not express it: read it anew each time
+                    self._loose.append((dest, tensors[seg.name], seg.source))
+        self._batch = Batch(pairs)
+
+    def run(self) -> None:
+        self._batch.run()
+        for dest, tensor, region in self._loose:
+            dest.copy_(source_view(tensor, region))
+
+
+class Update:
+    """Writes one plan's tensors into the live model. Between `receive` calls modules may be mixed.
+
+    Called on every rank, blocking, in the worker's main thread while no step runs.
+    """
+
+    def __init__(self, host: Host, plan: LoadPlan) -> None:
+        self.host, self.plan = host, plan
+        self.received: set[str] = set(plan.empty)
+        self._all = False  # every name at once: no need to count them
+        self.touched: set[str] = set()
+        self._modules = plan.modules
+        self._staged: dict[str, dict[str, torch.Tensor]] = {}
+        self._rows: dict[str, int] = {}  # of tensors that come in pieces
+        self._held: dict[str, torch.Tensor] = {}  # for the loader, until all of them are there
+        needs = {m: {s.name for s in plan.segments.get(m, [])} for m in plan.processed}
+        self._wait: dict[str, set[str]] = {
+            m: names - self.received for m, names in needs.items() if names - self.received
+        }
+
+    def assume(self, names: AbstractSet[str]) -> None:
+        """Another update wrote these already, all of them into modules that are in place."""
+        self.received |= names
+        self.touched |= {m for n in names for m, _ in self.plan.by_name.get(n, ())}
+
+    @torch.no_grad()
+    def receive_all(self, tensors: Tensors, replay: Replay) -> None:
+        """Every tensor of the plan at once; they stay valid until `finish`."""
+        replay.run()  # first: a GPU is at work while the host does the rest
+        self._all = True
+        self.touched |= replay.modules
+        if self._wait:
+            with self.host.context():
+                for module in list(self._wait):
+                    self._stage(module, tensors)
+        self._held |= {n: tensors[n] for n in self.plan.opaque_names}
+
+    @torch.no_grad()
+    def receive(self, tensors: Tensors, *, lasting: bool) -> None:
+        """Copy `tensors` in. `lasting`: they stay valid until `finish` (no copy is kept)."""
+        with self.host.context():
+            for module, segments in self.plan.segments.items():
+                if not any(s.name in tensors for s in segments):
+                    continue
+                if module in self.plan.in_place:
+                    self._copy(module, tensors, tensors_of_module(self._modules[module]))
+                elif module in self.plan.processed:
+                    self._stage(module, tensors)
+            for name in self.plan.opaque_names & tensors.keys():
+                self._held[name] = tensors[name] if lasting else tensors[name].clone()
+            self.received |= tensors.keys()
+
+    @torch.no_grad()
+    def receive_pieces(
+        self, pieces: list[tuple[Piece, torch.Tensor]], known: Batch | None
+    ) -> Batch:
+        """Rows of tensors, in a buffer that is filled anew afterwards. Returns the batch of the
+        plain copies, to be given as `known` when the same pieces come at the same addresses."""
+        plain = []
+        with self.host.context():
+            for piece, rows in pieces:
+                name = piece.spec.name
+                for module, seg in self.plan.by_name.get(name, ()):
+                    staged = module in self.plan.processed
+                    if staged or (known is None and module in self.plan.in_place):
+                        into = self._staging(module) if staged else self._live(module)
+                        for part in narrow(seg, piece.spec.shape, piece.row, piece.rows):
+                            dest = part.dest.of_tensor(into[part.target[1]])
+                            source = source_view(rows, part.source)
+                            # Staging memory is new each time: only live places can be kept.
+                            dest.copy_(source) if staged else plain.append((dest, source))
+                if name in self.plan.opaque_names:
+                    self._hold(piece, rows)
+            batch = Batch(plain) if known is None else known
+            batch.run()
+            for piece, _ in pieces:
+                self._arrived(piece)
+        return batch
+
+    def _hold(self, piece: Piece, rows: torch.Tensor) -> None:
+        if piece.spec.name not in self._held:
+            self._held[piece.spec.name] = rows.new_empty(piece.spec.shape)
+        whole = self._held[piece.spec.name]
+        part = whole[piece.row : piece.row + piece.rows] if whole.dim() else whole
+        part.copy_(rows)
+
+    def _arrived(self, piece: Piece) -> None:
+        """Count rows; a tensor that is whole may complete the modules that wait for it."""
+        name = piece.spec.name
+        total = piece.spec.shape[0] if piece.spec.shape else 1
+        self._rows[name] = self._rows.get(name, 0) + piece.rows
+        if self._rows[name] < total:
+            return
+        self.received.add(name)
+        for module, seg in self.plan.by_name.get(name, ()):
+            self.touched.add(module)
+            if module in self._wait:
+                self._wait[module].discard(seg.name)
+                if not self._wait[module] and module in self._staged:
+                    self._install(module, self._staged.pop(module))
+
+    def _staging(self, module: str) -> dict[str, torch.Tensor]:
+        if module not in self._staged:
+            self._staged[module] = self._form(module)
+        return self._staged[module]
+
+    def _live(self, module: str) -> dict[str, torch.Tensor]:
+        return tensors_of_module(self._modules[module])
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Run what needs everything: ties, the loader's share, hooks that read other modules."""
+        plan = self.plan
+        missing = set() if self._all else plan.specs.keys() - self.received
+        if missing:
+            raise RequestError(
+                f"{len(missing)} announced tensors never came: {', '.join(sorted(missing)[:20])}",
+                where=min(missing),
+                next_step="send every tensor before finishing the update",
+            )
+        if not (plan.opaque or plan.processed or plan.late):
+            return
+        with self.host.context():
+            if plan.opaque:
+                self._load_opaque()
+            for module in plan.processed.keys() - self._wait.keys():
+                self._install(module, self._form(module))  # computed from a tensor tied to it
+            hooks = self.host.late_hooks()
+            for name, reads in plan.late.items():
+                if reads & self.touched:
+                    rerun(name, *hooks[name])
+                    self.touched.add(name)
+
+    def _copy(self, module: str, tensors: Tensors, into: dict[str, torch.Tensor]) -> None:
+        self.touched.add(module)
+        for seg in self.plan.segments[module]:
+            if seg.name in tensors:
+                source = source_view(tensors[seg.name], seg.source)
+                seg.dest.of_tensor(into[seg.target[1]]).copy_(source)
+
+    def _stage(self, module: str, tensors: Tensors) -> None:
+        if not self._wait.get(module):
+            return  # installed
+        self._copy(module, tensors, self._staging(module))
+        self._wait[module] -= tensors.keys()
+        if not self._wait[module]:
+            self._install(module, self._staged.pop(module))
+
+    def _form(self, module: str) -> dict[str, torch.Tensor]:
+        """The module's tensors in checkpoint form, real; what no segment writes keeps its value."""
+        m = self._modules[module]
+        form = self.host.blueprint.form(m)
+        if form is None:
+            return {}
+        tensor = self.host.blueprint.tied(
+            lambda m, n, f: self._scratch(tensors_of_module(m).get(n), f)
+        )
+        out = {n: tensor(f) for n, f in form.tensors.items()}
+        for fill in self.plan.fills.get(module, []):
+            fill.dest.of_tensor(out[fill.target[1]]).fill_(fill.value)
+        return out
+
+    def _scratch(self, live: torch.Tensor | None, form: TensorForm) -> torch.Tensor:
+        t = form.empty(self.host.device)
+        if live is not None and form.same_geometry(live):
+            t.data.copy_(live)
+        return t
+
+    def _install(
+        self, name: str, tensors: dict[str, torch.Tensor], attrs: dict[str, Any] | None = None
+    ) -> None:
+        m = self._modules[name]
+        self.touched.add(name)
+        install(name, m, self.host.blueprint, self.host.hook(m), tensors, attrs or {})
+
+    def _load_opaque(self) -> None:
+        """Give the loader its names, with real memory in the opaque modules and none elsewhere."""
+        modules = {self._modules[n]: n for n in self.plan.opaque}
+        forms = {m: self.host.blueprint.form(m) for m in modules}
+        real = {f.key for form in forms.values() if form for f in form.tensors.values()}
+        live = {m: tensors_of_module(m) for m in self._modules.values()}
+
+        def make(module: nn.Module, tensor: str, form: TensorForm) -> torch.Tensor:
+            if form.key not in real:
+                return form.empty("meta")
+            return self._scratch(live[module].get(tensor), form)
+
+        loaded = {}
+        with self.host.blueprint.checkpoint_form(self.host.model, make):
+            before = {m: dict(m.__dict__) for m in modules}
+            # Contiguous, as checkpoint files give them: loaders use `view`.
+            given = ((n, self._held[n].contiguous()) for n in self.plan.specs if n in self._held)
+            self.host.load(given)
+            for m in modules:
+                loaded[m] = tensors_of_module(m), changed(before[m], m.__dict__)
+        self._held.clear()
+        for m, (tensors, attrs) in loaded.items():
+            self._install(modules[m], tensors, attrs)

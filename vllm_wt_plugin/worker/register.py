@@ -1,0 +1,177 @@
+"""`register()`: the general plugin. vLLM calls it in every process, before a model is built.
+
+What it adds to vLLM: the verb `Worker.weight_sync`; a blueprint of every model; our engine under
+`ipc` (vLLM's own stays `upstream_ipc`). What it wraps passes through untouched where another
+engine is in use.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from vllm_wt_plugin.errors import from_dict
+from vllm_wt_plugin.wire import messages as msg
+
+# Worker methods of vLLM's own update lifecycle, and the engine's method for each.
+UPSTREAM = {
+    "init_weight_transfer_engine": "init_transfer_engine",
+    "start_weight_update": "start_weight_update",
+    "update_weights": "update_weights",
+    "finish_weight_update": "finish_weight_update",
+    "shutdown_weight_transfer_engine": "shutdown",
+}
+_STATUS = msg.encode_verbs(msg.Status())
+
+
+def register() -> None:
+    """Idempotent. Never raises: vLLM would not start; on failure its own backends stay."""
+    from vllm.logger import init_logger
+
+    logger = init_logger("vllm.wt")
+    try:
+        _register()
+    # vLLM catches a plugin that cannot be imported, not one whose function raises.
+    except Exception as exc:
+        logger.error("vllm_wt_plugin is off, vLLM's own weight transfer stays in use: %s", exc)
+    else:
+        logger.info(
+            "vllm_wt_plugin: weight transfer backend 'ipc' is ours; vLLM's own is 'upstream_ipc'"
+        )
+
+
+def _register() -> None:
+    from vllm_wt_plugin import _vllm
+
+    _vllm.check_version()
+    from vllm_wt_plugin.worker.core import weight_push
+    from vllm_wt_plugin.worker.engine import IPCEngine
+
+    if os.environ.get("WT_CPU_INPLACE") == "1":
+        from vllm_wt_plugin.worker import cpu_inplace
+
+        cpu_inplace.enable()
+    _vllm.take_blueprints()
+    for cls in _vllm.worker_classes():
+        cls.weight_sync = _weight_sync
+        for name, engine_method in UPSTREAM.items():
+            _vllm.wrap(cls, name, _lifecycle(engine_method))
+        _vllm.wrap(cls, "sleep", _sleep)
+        _vllm.wrap(cls, "wake_up", _wake_up)
+        _vllm.wrap(cls, "reload_weights", _reload)
+    for core in _vllm.engine_core_classes():
+        _vllm.wrap(core, "collective_rpc", _raise_failures)
+        _vllm.wrap(core, "resume_scheduler", _refuse_dirty)
+        core.weight_push = weight_push
+    _vllm.swap_engine("ipc", IPCEngine)
+
+
+def _engine(worker: Any) -> Any | None:
+    from vllm_wt_plugin.worker.engine import IPCEngine
+
+    engine = getattr(worker, "weight_transfer_engine", None)
+    return engine if isinstance(engine, IPCEngine) else None
+
+
+def _weight_sync(self: Any, *args: object, **kwargs: object) -> dict[str, Any]:
+    """The worker's verb: one argument, bytes, which no JSON caller can send. Never raises, so it
+    takes whatever dev mode's /collective_rpc passes on."""
+    engine = _engine(self)
+    if engine is None:
+        error = {
+            "code": "UnsupportedVLLM",
+            "error": "this engine does not use a backend of vllm_wt_plugin",
+            "where": "",
+            "next_step": 'start vLLM with --weight-transfer-config \'{"backend": "ipc"}\'',
+        }
+        return {"rank": self.rank, "state": {"phase": "IDLE", "version": "default"}, "error": error}
+    engine.after_commit = self.model_runner.reset_lora_state
+    reply: dict[str, Any] = engine.session.call(args[0] if len(args) == 1 and not kwargs else None)
+    self._weight_update_active = engine.session.open is not None
+    return reply
+
+
+def _lifecycle(engine_method: str) -> Callable[[Any], Any]:
+    def make(original: Any) -> Any:
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            engine = _engine(self)
+            if engine is None:
+                return original(self, *args, **kwargs)
+            engine.after_commit = self.model_runner.reset_lora_state
+            try:
+                if "update_info" in kwargs:
+                    args = (kwargs.pop("update_info"),)
+                if engine_method == "update_weights" and isinstance(args[0], list):
+                    args = (args[0][engine.session.rank],)  # one per worker, by global rank
+                reply = getattr(engine, engine_method)(*args, **kwargs)
+            except (TypeError, LookupError) as exc:  # arguments that do not fit
+                reply = engine.session.refuse(exc)
+            self._weight_update_active = engine.session.open is not None
+            return reply
+
+        return method
+
+    return make
+
+
+def _raise_failures(original: Any) -> Any:
+    """vLLM's own lifecycle calls, once every rank has answered: raise what one of them said."""
+
+    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+        results = original(self, method, *args, **kwargs)
+        if method in UPSTREAM:
+            for r in results:
+                if isinstance(r, dict) and r.get("error"):
+                    raise RuntimeError(str(from_dict(r["error"])))
+        return results
+
+    return collective_rpc
+
+
+def _refuse_dirty(original: Any) -> Any:
+    """No resume, by whatever way, while the weights are mixed or about to be."""
+
+    def resume_scheduler(self: Any) -> Any:
+        if self.vllm_config.weight_transfer_config is not None:
+            for reply in self.model_executor.collective_rpc("weight_sync", args=(_STATUS,)):
+                msgspec.convert(reply["state"], msg.State).check_resumable()
+        return original(self)
+
+    return resume_scheduler
+
+
+def _sleep(original: Any) -> Any:
+    def sleep(self: Any, level: int = 1) -> Any:
+        result = original(self, level)
+        if (engine := _engine(self)) is not None:
+            engine.session.asleep |= {"weights", "kv_cache"}
+            if level == 2 and self.device.type != "cpu":
+                engine.session.mark_dirty("level 2 sleep discarded the weights")
+        return result
+
+    return sleep
+
+
+def _wake_up(original: Any) -> Any:
+    def wake_up(self: Any, tags: list[str] | None = None) -> Any:
+        result = original(self, tags)
+        if (engine := _engine(self)) is not None:
+            engine.session.asleep -= {"weights", "kv_cache"} if tags is None else set(tags)
+        return result
+
+    return wake_up
+
+
+def _reload(original: Any) -> Any:
+    """A reload from the model's path brings whole weights: it clears DIRTY."""
+
+    def reload_weights(self: Any, *args: Any, **kwargs: Any) -> Any:
+        result = original(self, *args, **kwargs)
+        if (engine := _engine(self)) is not None and engine.session.open is None:
+            engine.session.dirty = ""
+        return result
+
+    return reload_weights

@@ -1,0 +1,359 @@
+"""The update session of one worker: the truth about which weights it serves.
+
+    IDLE(v) ─ begin → UPDATING ─ commit → IDLE(v')      any error or abort → IDLE(v) or DIRTY(why)
+
+Before the first written byte, and after commit, an error leaves the old weights serving. In
+between the worker is DIRTY, and only a complete dense update ends that. `call` never raises: with
+several ranks vLLM stops at the first failing one and mixes up all later replies.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import torch
+
+from vllm_wt_plugin.errors import (
+    EngineAsleep,
+    NoUpdate,
+    RequestError,
+    TransferError,
+    UpdateInProgress,
+    WeightSyncError,
+)
+from vllm_wt_plugin.transport.ipc import Importer
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.worker.known import Known, Registered
+from vllm_wt_plugin.worker.packed import PackedUpdate
+from vllm_wt_plugin.worker.plan.host import Host
+from vllm_wt_plugin.worker.plan.plan import LoadPlan
+from vllm_wt_plugin.worker.plan.update import Update, check_equal
+
+
+@dataclass
+class _Open:
+    """What is known of the update under way."""
+
+    session: str
+    owner: str
+    lease_s: float
+    deadline: float  # monotonic
+    since: float
+    resume_after: bool
+    wrote: bool = False
+    prepared: Registered | None = None
+    way: str = ""  # how its tensors come; one update, one way
+    packed: PackedUpdate | None = None
+    update: Update | None = None  # a complete one, ready for commit
+    parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
+    written: set[str] = field(default_factory=set)
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+    ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
+
+
+@dataclass
+class _Reply:
+    """What the verbs of one call add up to."""
+
+    error: dict[str, str] | None = None
+    report: msg.PlanReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    mine: bool = False  # the call acts on the open update: its error ends a half-done one
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+class WorkerSession:
+    """One per engine and rank. Not thread-safe: called from the worker's main thread only."""
+
+    def __init__(
+        self,
+        host: Callable[[], Host],
+        importer: Importer,
+        *,
+        rank: int,
+        log: Callable[..., None],
+        after_commit: Callable[[], None],
+        synchronize: Callable[[], None],
+    ) -> None:
+        self.known, self.rank = Known(host, importer), rank
+        self._log, self._after_commit, self._synchronize = log, after_commit, synchronize
+        self.version = "default"
+        self.dirty = ""  # why, while DIRTY
+        self.dirty_since = 0.0
+        self.resume_sticky = False  # a failed update paused the engine; the healing one resumes it
+        self.asleep: set[str] = set()
+        self.open: _Open | None = None
+        self.ended = ("", "")  # the last update's session, and `commit`, `abort` or `lease`
+
+    # ---- the one entry ----------------------------------------------------------------
+
+    def call(self, payload: object) -> dict[str, Any]:
+        """Run encoded verbs in turn, stop at the first error; a `Reply` as plain data."""
+        out = _Reply()
+        try:
+            self.expire()
+            for verb in msg.decode_verbs(payload):
+                self.run(verb, out)
+        except WeightSyncError as exc:
+            out.error = exc.to_dict()
+        # The last line of defence: an exception that crossed collective_rpc would desynchronise
+        # every later reply of a multi-rank engine.
+        except Exception as exc:
+            self._log("weight sync: rank %d failed", self.rank, exc_info=True)
+            out.error = TransferError(f"{type(exc).__name__}: {exc}").to_dict()
+        return self._answer(out)
+
+    def refuse(self, exc: Exception) -> dict[str, Any]:
+        """The reply to a call that failed before it became verbs."""
+        known = exc if isinstance(exc, WeightSyncError) else RequestError(str(exc))
+        return self._answer(_Reply(known.to_dict(), mine=True))
+
+    def _answer(self, out: _Reply) -> dict[str, Any]:
+        if out.error is not None:
+            out.error["where"] = " ".join(filter(None, [out.error["where"], f"rank {self.rank}"]))
+            if out.mine and self.open is not None and self.open.wrote:
+                self.abort(out.error["error"])
+        reply = msg.Reply(self.rank, self.state(), out.error, out.report, out.seconds, out.info)
+        data: dict[str, Any] = msgspec.to_builtins(reply)
+        return data
+
+    def run(self, verb: msg.Verb, out: _Reply) -> None:
+        match verb:
+            case msg.Status():
+                out.info = {"registrations": self.known.registrations, "ended": list(self.ended)}
+            case msg.Init():
+                msg.convert(verb.info, msg.IpcInit)
+            case msg.Begin():
+                self.begin(verb)
+            case msg.Prepare():
+                self.prepare(verb, out)
+            case msg.Announce():
+                self.announce(verb, out)
+            case msg.Bucket():
+                self.bucket(verb, out)
+            case msg.Apply():
+                self.apply(verb.session, out)
+            case msg.Commit():
+                self.commit(verb, out)
+            case msg.Abort():
+                if self.open is not None and verb.session in ("", self.open.session):
+                    self.abort(verb.reason)
+            case msg.MarkDirty():
+                self.mark_dirty(verb.reason)
+                self.resume_sticky |= verb.resume_after
+            case msg.SetVersion():
+                self._no_update("the version")
+                self.version = verb.version
+            case msg.Shutdown():
+                self._no_update("the connection")
+                self.known.forget()
+
+    # ---- transitions ------------------------------------------------------------------
+
+    def begin(self, verb: msg.Begin) -> None:
+        self._awake()
+        self._no_update("a second update")
+        now = time.monotonic()
+        self.open = _Open(
+            verb.session,
+            verb.owner,
+            verb.lease_s,
+            now + verb.lease_s,
+            time.time(),
+            verb.resume_after or self.resume_sticky,
+        )
+
+    def prepare(self, verb: msg.Prepare, out: _Reply) -> None:
+        open_ = self._mine(verb.session, out)
+        held, new = self.known.registered(verb, out.timed)
+        if new:
+            out.report = held.plan.report
+            if not verb.complete:
+                open_.ephemeral.append(verb.registration)
+        with out.timed("wait"):  # for the trainer's memory: while the engine still serves
+            self.known.importer.check_alive(verb.registration)
+            self.known.importer.wait(held.registration)
+            check_equal(held.plan, held.tensors)
+        open_.prepared = held
+
+    def apply(self, session: str, out: _Reply) -> None:
+        open_ = self._mine(session, out)
+        if open_.prepared is None:
+            raise NoUpdate("nothing is prepared", next_step="send the update first")
+        held, open_.prepared = open_.prepared, None
+        self._by(open_, "in parts" if held.replay is None else "at once")
+        with out.timed("copy"):
+            open_.wrote = True
+            if held.replay is None:
+                self._apply_part(open_, held.plan, held.tensors)
+            else:
+                open_.update = Update(self.known.host, held.plan)
+                open_.update.receive_all(held.tensors, held.replay)
+                open_.update.finish()
+            self._synchronize()
+
+    def announce(self, verb: msg.Announce, out: _Reply) -> None:
+        """A packed update begins: know where every tensor goes before the first bucket comes."""
+        open_ = self._mine(verb.session, out)
+        announced, new = self.known.announced(verb, out.timed)
+        if new:
+            out.report = announced.plan.report
+        open_.packed = PackedUpdate(announced, self.known.host)
+
+    def bucket(self, verb: msg.Bucket, out: _Reply) -> None:
+        """Copy one bucket out of its buffer, which the trainer fills anew when this returns."""
+        open_ = self._mine(verb.session, out)
+        if open_.packed is None:
+            raise NoUpdate("no packed update is announced", next_step="start one")
+        self._by(open_, "in buckets")
+        with out.timed("wait"):
+            open_.packed.expect(verb.index)
+        with out.timed("copy"):
+            open_.wrote = True
+            open_.packed.receive()
+            self._synchronize()
+
+    def _apply_part(self, open_: _Open, plan: LoadPlan, tensors: dict[str, torch.Tensor]) -> None:
+        """Copy what is a plain copy; hold the rest until every name is there."""
+        later = plan.computed_names
+        Update(self.known.host, plan).receive(
+            {n: t for n, t in tensors.items() if n not in later}, lasting=False
+        )
+        open_.held |= {n: tensors[n].clone() for n in later}
+        open_.written |= tensors.keys() - later
+        open_.parts |= plan.specs
+
+    def commit(self, verb: msg.Commit, out: _Reply) -> None:
+        open_ = self._mine(verb.session, out)
+        with out.timed("commit"):
+            if open_.parts:
+                plan = self.known.plan(tuple(open_.parts.values()), complete=True)
+                if early := open_.written & plan.computed_names:
+                    raise TransferError(
+                        "these names cannot be sent apart from the others: "
+                        + ", ".join(sorted(early)[:20]),
+                        where=min(early),
+                        next_step="send all names of a layer in one call",
+                    )
+                update = Update(self.known.host, plan)
+                update.assume(open_.written)
+                update.receive(open_.held, lasting=True)
+                update.finish()
+                self._synchronize()
+            elif open_.packed is not None:
+                open_.packed.finish()
+                self._synchronize()
+            elif open_.update is None and (self.dirty or open_.wrote):
+                raise NoUpdate(
+                    "nothing complete was written", next_step="push every weight, then finish"
+                )
+            self._after_commit()
+        self._close_ephemeral(open_)
+        self.ended = open_.session, "commit"
+        out.info["resume"] = open_.resume_after
+        self.version = self.version if verb.version is None else verb.version
+        self.open, self.dirty, self.resume_sticky = None, "", False
+
+    def abort(self, reason: str, how: str = "abort") -> None:
+        """End the open update, whatever its phase; to IDLE if nothing was written, else DIRTY."""
+        open_, self.open = self.open, None
+        if open_ is None:
+            return
+        self.ended = open_.session, how
+        self._close_ephemeral(open_)
+        if open_.wrote:
+            self.mark_dirty(f"update of {open_.owner or 'an unnamed trainer'} failed: {reason}")
+        if self.dirty:
+            self.resume_sticky = open_.resume_after
+
+    def mark_dirty(self, reason: str) -> None:
+        if self.open is not None:
+            self.resume_sticky = self.open.resume_after
+            self._close_ephemeral(self.open)
+            self.open = None
+        self.dirty, self.dirty_since = reason, time.time()
+
+    def expire(self) -> None:
+        """End an update whose trainer has not called for longer than its lease."""
+        if self.open is not None and time.monotonic() > self.open.deadline:
+            self.abort(f"its lease of {self.open.lease_s:g} s expired", "lease")
+
+    # ---- what they share --------------------------------------------------------------
+
+    def state(self) -> msg.State:
+        o = self.open
+        asleep = tuple(sorted(self.asleep))
+        if o is not None:
+            return msg.State(
+                "UPDATING",
+                self.version,
+                self.dirty,
+                o.owner,
+                o.session,
+                o.since,
+                max(0.0, o.deadline - time.monotonic()),
+                o.resume_after,
+                o.wrote,
+                asleep,
+            )
+        if self.dirty:
+            return msg.State(
+                "DIRTY",
+                self.version,
+                self.dirty,
+                since=self.dirty_since,
+                resume_after=self.resume_sticky,
+                asleep=asleep,
+            )
+        return msg.State("IDLE", self.version, asleep=asleep)
+
+    def _mine(self, session: str, out: _Reply) -> _Open:
+        if self.open is None or session not in ("", self.open.session):
+            raise NoUpdate(
+                "no such update is open (it may have been aborted, or its lease expired)",
+                next_step="start the update again",
+            )
+        out.mine = True
+        self._awake()
+        self.open.deadline = time.monotonic() + self.open.lease_s
+        return self.open
+
+    def _by(self, open_: _Open, way: str) -> None:
+        if open_.way not in ("", way):
+            raise RequestError(
+                f"tensors came {open_.way}, and now {way}",
+                next_step="send all of an update in one way",
+            )
+        open_.way = way
+
+    def _awake(self) -> None:
+        if "weights" in self.asleep:
+            raise EngineAsleep(
+                "the weights are asleep", next_step='wake them up first: wake_up(["weights"])'
+            )
+
+    def _no_update(self, what: str) -> None:
+        if self.open is not None:
+            o = self.open
+            since = time.strftime("%H:%M:%S", time.gmtime(o.since))
+            raise UpdateInProgress(
+                f"{what} is refused: an update of {o.owner or 'an unnamed trainer'} "
+                f"is open since {since} UTC",
+                next_step="finish it, POST /abort_weight_update, or wait for its lease to end",
+            )
+
+    def _close_ephemeral(self, open_: _Open) -> None:
+        for key in open_.ephemeral:
+            self.known.release(key)
