@@ -1,0 +1,215 @@
+"""Reaching one replica: a server over HTTP, or an `LLM` object in this process."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any, Protocol
+
+import httpx
+import msgspec
+
+from vllm_wt_plugin.errors import (
+    RequestError,
+    ServerUnreachable,
+    TransferError,
+    WeightSyncError,
+    from_dict,
+)
+from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.exchange import Outcome
+
+logger = logging.getLogger(__name__)
+
+
+class Client(Protocol):
+    """One replica. Blocking; raises WeightSyncError with the replica's own words."""
+
+    name: str
+
+    def push(self, request: msg.PushRequest) -> Outcome: ...
+
+    def status(self) -> dict[str, Any]: ...
+
+    def shutdown(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class HTTPClient:
+    """A `vllm serve` with this plugin. Thread-safe as httpx.Client is.
+
+    `timeout_s` bounds each wait on the socket; `token` goes out as a bearer token and into no log.
+    """
+
+    def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 300.0) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise RequestError(
+                f"{url!r} is not a server's address", next_step="use http://host:port"
+            )
+        self.name = url.rstrip("/")
+        self._http = httpx.Client(
+            base_url=self.name,
+            timeout=httpx.Timeout(timeout_s, connect=min(10.0, timeout_s)),
+            headers={"Authorization": f"Bearer {token}"} if token else {},
+            trust_env=False,  # a proxy for the outside world has no business between these two
+        )
+
+    def push(self, request: msg.PushRequest) -> Outcome:
+        return msgspec.convert(self._call("POST", "/push_weights", request), Outcome)
+
+    def status(self) -> dict[str, Any]:
+        return self._call("GET", "/weight_transfer_status")
+
+    def shutdown(self) -> None:
+        self.post("/shutdown_weight_transfer_engine", {})
+
+    def post(self, path: str, body: object) -> dict[str, Any]:
+        """POST `body` as JSON to one of the plugin's routes."""
+        return self._call("POST", path, body)
+
+    def start(self, body: msg.StartBody) -> tuple[str, msg.PlanReport | None]:
+        """Open an update of several calls; its session, which they name, and the plan if new."""
+        reply = self.post("/start_weight_update", body)
+        return reply["session"], msgspec.convert(reply["report"], msg.PlanReport | None)
+
+    def abort(self, session: str, reason: str) -> None:
+        """End this update as well as can be; what the server thinks of it is its state."""
+        try:
+            self.post("/abort_weight_update", {"session": session, "reason": reason})
+        except WeightSyncError as exc:
+            logger.warning("the update could not be aborted, its lease will end it: %s", exc)
+
+    def close(self) -> None:
+        self._http.close()
+
+    def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+        try:
+            response = self._http.request(
+                method,
+                path,
+                content=None if body is None else msgspec.json.encode(body),
+                headers={"Content-Type": "application/json"} if body is not None else {},
+            )
+        except httpx.TimeoutException as exc:
+            raise ServerUnreachable(
+                f"no answer in time to {method} {path} ({type(exc).__name__})",
+                where=self.name,
+                next_step="look at the server's log; raise timeout_s if it is only slow",
+            ) from exc
+        except httpx.HTTPError as exc:
+            raise ServerUnreachable(
+                f"{method} {path}: {exc or type(exc).__name__}",
+                where=self.name,
+                next_step="check that the server runs and the address is right",
+            ) from exc
+        return self._read(response, path)
+
+    def _read(self, response: httpx.Response, path: str) -> dict[str, Any]:
+        try:
+            data = response.json()
+        except ValueError:
+            data = None
+        if response.is_success and isinstance(data, dict):
+            return data
+        if isinstance(data, dict) and "code" in data:
+            error = from_dict(data)
+            error.where = f"{self.name}{': ' if error.where else ''}{error.where}"
+            raise error
+        if response.status_code in (404, 405):
+            raise ServerUnreachable(
+                f"the server has no {path}",
+                where=self.name,
+                next_step="start it with VLLM_PLUGINS=wt and "
+                """--weight-transfer-config '{"backend": "ipc"}'""",
+            )
+        raise TransferError(
+            f"{path} answered {response.status_code}: {response.text[:500]}", where=self.name
+        )
+
+
+class LLMClient:
+    """An offline `vllm.LLM`, driven by its `collective_rpc`. Not while it generates."""
+
+    def __init__(self, llm: Any) -> None:
+        self.name = "LLM"
+        self._llm = llm
+        # VLLM_ENABLE_V1_MULTIPROCESSING=0 with one worker: the client holds the core itself.
+        core = getattr(llm.llm_engine.engine_core, "engine_core", None)
+        executor = type(getattr(core, "model_executor", None)).__name__
+        self.in_process = executor == "UniProcExecutor"
+        parallel = llm.llm_engine.vllm_config.parallel_config
+        if parallel.data_parallel_size > 1:
+            raise RequestError(
+                "an LLM object with data parallelism answers for its first engine only",
+                next_step="use `vllm serve --data-parallel-size`, and its URL",
+            )
+
+    def push(self, request: msg.PushRequest) -> Outcome:
+        if request.register is not None:
+            request.register.check()
+        core = self._llm.llm_engine.engine_core
+        payload = msgspec.msgpack.encode(request)
+        # The core in this process, or vLLM's client of the core in another.
+        row = (
+            core.engine_core.weight_push(payload)
+            if hasattr(core, "engine_core")
+            else core.call_utility("weight_push", payload)
+        )
+        reply = msgspec.convert(row, exchange.PushReply)
+        if reply.busy:
+            return exchange.run(exchange.push(request), self._perform)
+        if reply.outcome is None:
+            raise from_dict(reply.error or {})
+        return reply.outcome
+
+    def _perform(self, action: exchange.Action) -> Any:
+        match action:
+            case exchange.Call():
+                return self._call(*action.verbs)
+            case exchange.IsPaused():
+                return True  # nothing runs between two calls of generate()
+            case exchange.ResetCaches():
+                return self._reset_caches()
+            case exchange.SetVersion():
+                return self._llm.llm_engine.set_weight_version(action.version)
+            case exchange.Pause() | exchange.Resume() | exchange.WatchLease():
+                return None
+
+    def _call(self, *verbs: msg.Verb) -> list[msg.Reply]:
+        rows = self._llm.collective_rpc("weight_sync", args=(msg.encode_verbs(*verbs),))
+        return [msgspec.convert(r, msg.Reply) for r in rows]
+
+    def _reset_caches(self) -> None:
+        exchange.must_reset(
+            self._llm.reset_prefix_cache(reset_running_requests=True, reset_connector=True)
+        )
+        engine = self._llm.llm_engine
+        if engine.model_config.is_multimodal_model:
+            engine.reset_mm_cache()
+            engine.reset_encoder_cache()
+
+    def status(self) -> dict[str, Any]:
+        replies = self._call(msg.Status())
+        exchange.agree(replies)
+        data: dict[str, Any] = msgspec.to_builtins(replies[0].state)
+        data["state"] = data.pop("phase")
+        return data | {"registrations": replies[0].info["registrations"]}
+
+    def shutdown(self) -> None:
+        exchange.agree(self._call(msg.Shutdown()))
+
+    def close(self) -> None:
+        """Nothing of the LLM is ours."""
+
+
+def client_for(target: Any, *, token: str | None, timeout_s: float) -> Client:
+    """A client for a URL or for anything with `collective_rpc` (an LLM)."""
+    if isinstance(target, str):
+        return HTTPClient(target, token=token, timeout_s=timeout_s)
+    if hasattr(target, "collective_rpc") and hasattr(target, "llm_engine"):
+        return LLMClient(target)
+    raise RequestError(
+        f"cannot reach {type(target).__name__}",
+        next_step="give a server's URL, a list of URLs, or a vllm.LLM",
+    )

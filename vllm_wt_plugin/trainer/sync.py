@@ -1,0 +1,247 @@
+"""`WeightSync`: the trainer's one object. source → exporter → every replica, one request each."""
+
+from __future__ import annotations
+
+import os
+import socket
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from vllm_wt_plugin.errors import (
+    HandleError,
+    RequestError,
+    UnknownRegistration,
+    WeightSyncError,
+)
+from vllm_wt_plugin.trainer.client import Client, HTTPClient, LLMClient, client_for
+from vllm_wt_plugin.trainer.packed import PackedSender
+from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome
+from vllm_wt_plugin.trainer.source import Source, as_source, device_of, fingerprint, gathers
+from vllm_wt_plugin.transport.ipc import Exporter
+from vllm_wt_plugin.transport.memory import MemoryExporter
+from vllm_wt_plugin.wire.exchange import Outcome
+from vllm_wt_plugin.wire.handles import Registration
+from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
+
+
+@dataclass(frozen=True)
+class _Export:
+    registration: Registration
+    nbytes: int
+    marks: list[tuple[object, ...]] | None  # the source's fingerprint
+    tensors: list[tuple[str, torch.Tensor]]  # kept, so that no address can come again
+
+
+class WeightSync:
+    """Pushes weights into running vLLM engines on this host.
+
+    `target`: a server's URL, a list of URLs, or a `vllm.LLM`. `token` defaults to `WT_TOKEN`.
+    `packed` sends through two buffers of `buffer_bytes` instead of the tensors' own memory: for
+    sources that gather (default: only those) or whose memory CUDA cannot share. URLs only.
+    Call `push` from one thread; the tensors must not change until it returns. `close()` (or
+    leaving a `with`) releases shared memory and the replicas' mappings of it.
+    """
+
+    def __init__(
+        self,
+        target: str | Sequence[str] | Any,
+        *,
+        token: str | None = None,
+        timeout_s: float = 300.0,
+        owner: str | None = None,
+        packed: bool | None = None,
+        buffer_bytes: int = 1 << 30,
+    ) -> None:
+        targets = list(target) if isinstance(target, (list, tuple)) else [target]
+        if not targets:
+            raise RequestError("no target", next_step="give at least one server")
+        token = os.environ.get("WT_TOKEN") if token is None else token
+        self._clients: list[Client] = [
+            client_for(t, token=token, timeout_s=timeout_s) for t in targets
+        ]
+        in_process = all(_in_process(c) for c in self._clients)
+        self._exporter = MemoryExporter() if in_process else Exporter()
+        self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
+        self._pool = ThreadPoolExecutor(len(self._clients), thread_name_prefix="weight-sync")
+        self._packed, self._buffer_bytes = packed, buffer_bytes
+        self._sender: PackedSender | None = None
+        self._known: dict[str, str] = {}  # replica → the registration it holds
+        self._plans: dict[str, PlanReport] = {}
+        self._source: tuple[object, Source] | None = None
+        self._last: _Export | None = None
+        self._pushes = 0
+        self._closed = False
+
+    def push(self, source: Any, version: str | int | None = None) -> PushReport:
+        """Make `source` the served weights of every replica, as `version` (default: a counter).
+
+        `source`: `nn.Module`, mapping, iterable of (name, tensor), checkpoint folder, or a
+        `Source`. Blocking. Raises what the first failing replica says, with the report of all
+        as `exc.report`; a replica that refuses keeps serving its old weights.
+        """
+        if self._closed:
+            raise RequestError("this WeightSync is closed", next_step="make a new one")
+        self._pushes += 1
+        version = str(self._pushes if version is None else version)
+        start = time.perf_counter()
+        source = self._as_source(source)
+        if self._packed or (self._packed is None and gathers(source)):
+            return self._push_packed(source, version, start)
+        export = self._export(source)
+        registration = export.registration
+        exported = time.perf_counter()
+        self._exporter.refresh()
+        staged = time.perf_counter()
+
+        def one(c: Client) -> ReplicaOutcome:
+            return self._push_one(c, registration, version)
+
+        several = len(self._clients) > 1
+        outcomes = tuple((self._pool.map if several else map)(one, self._clients))
+        if all(o.error is None for o in outcomes):
+            self._exporter.retire()  # nobody reads an earlier registration any more
+        if any(isinstance(o.error, HandleError) for o in outcomes):
+            self._last = None  # the shared memory is gone: the next push shares it anew
+            self._exporter.forget()
+        now = time.perf_counter()
+        seconds = {
+            "export": exported - start,
+            "stage": staged - exported,
+            "request": now - staged,
+            "total": now - start,
+        }
+        return _checked(
+            PushReport(
+                version=version,
+                tensors=len(registration.tensors),
+                bytes=export.nbytes,
+                seconds=seconds,
+                replicas=outcomes,
+            )
+        )
+
+    def _push_packed(self, source: Source, version: str, start: float) -> PushReport:
+        """To one replica after another: a source that gathers is iterated once for each."""
+        specs = source.specs()
+        if self._sender is None or self._sender.specs != specs:
+            if self._sender is not None:
+                self._sender.close()
+            self._sender = PackedSender(specs, self._buffer_bytes, device_of(source))
+        outcomes = [self._packed_one(c, self._sender, source, version) for c in self._clients]
+        if any(isinstance(o.error, HandleError) for o in outcomes):
+            self._sender.close()  # the shared memory is gone: the next push makes it anew
+            self._sender = None
+        return _checked(
+            PushReport(
+                version=version,
+                tensors=len(specs),
+                bytes=sum(s.nbytes for s in specs),
+                seconds={"total": time.perf_counter() - start},
+                replicas=tuple(outcomes),
+            )
+        )
+
+    def _packed_one(
+        self, c: Client, sender: PackedSender, source: Source, version: str
+    ) -> ReplicaOutcome:
+        if not isinstance(c, HTTPClient):
+            raise RequestError(
+                "an LLM object takes no packed pushes", next_step="leave out packed=True"
+            )
+        try:
+            known = self._known.get(c.name) == sender.announcement.id
+            done = sender.push(c, source, version, self._owner, known)
+        except WeightSyncError as exc:
+            self._known.pop(c.name, None)
+            return ReplicaOutcome(name=c.name, error=exc)
+        self._known[c.name] = sender.announcement.id
+        return self._outcome(c, done)
+
+    def status(self) -> list[dict[str, Any]]:
+        """Each replica's state: phase, version, dirty reason, open update."""
+        return [c.status() for c in self._clients]
+
+    def close(self) -> None:
+        """Idempotent. Replicas that are gone are left alone."""
+        if self._closed:
+            return
+        self._closed = True
+        for c in self._clients:
+            try:
+                if c.name in self._known:
+                    c.shutdown()
+            except WeightSyncError:
+                pass  # it dies or is busy with another trainer: its mappings end with the memory
+            finally:
+                c.close()
+        self._pool.shutdown()
+        self._last = None
+        if self._sender is not None:
+            self._sender.close()
+        self._exporter.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _export(self, source: Source) -> _Export:
+        """Handles of the source's tensors; those of last time if nothing has moved since."""
+        marks = fingerprint(source)
+        if marks is None or self._last is None or self._last.marks != marks:
+            tensors = list(source)
+            registration, _ = self._exporter.register(tensors)
+            nbytes = sum(s.nbytes for s in registration.specs)
+            self._last = _Export(registration, nbytes, marks, tensors)
+        return self._last
+
+    def _as_source(self, obj: Any) -> Source:
+        """The last source is kept: planning one of a big model takes 0.2 s."""
+        if self._source is None or self._source[0] is not obj:
+            self._source = (obj, as_source(obj))
+        return self._source[1]
+
+    def _push_one(self, c: Client, reg: Registration, version: str) -> ReplicaOutcome:
+        request = PushRequest(reg.id, reg, version, self._owner)
+        if self._known.get(c.name) == reg.id:
+            request = PushRequest(reg.id, None, version, self._owner)
+        try:
+            try:
+                done = c.push(request)
+            except UnknownRegistration:  # the replica restarted, or served others meanwhile
+                done = c.push(PushRequest(reg.id, reg, version, self._owner))
+        except WeightSyncError as exc:
+            if isinstance(exc, HandleError):
+                self._known.pop(c.name, None)
+            return ReplicaOutcome(name=c.name, error=exc)
+        self._known[c.name] = reg.id
+        return self._outcome(c, done)
+
+    def _outcome(self, c: Client, done: Outcome) -> ReplicaOutcome:
+        if done.report is not None:
+            self._plans[c.name] = done.report
+        outcome = ReplicaOutcome(name=c.name, version=done.version, seconds=done.seconds)
+        return replace(outcome, plan=self._plans.get(c.name))
+
+
+def _checked(report: PushReport) -> PushReport:
+    """The report, or the first replica's error with the report on it."""
+    for o in report.replicas:
+        if o.error is not None:
+            o.error.report = report
+            raise o.error
+    return report
+
+
+def _in_process(client: Client) -> bool:
+    """An LLM whose workers live in this very process, where CUDA IPC cannot open."""
+    return isinstance(client, LLMClient) and client.in_process
