@@ -1,0 +1,32 @@
+# Everything runs in .venv, which `make setup` makes and keeps current.
+.PHONY: help setup demo test test-all lint clean
+PYTHON_IN_VENV := .venv/bin/python
+
+help:
+	@echo "make setup     .venv with vLLM for CPU, this package (editable) and the test tools"
+	@echo "make demo      reinforcement learning against a live server (about a minute)"
+	@echo "make test      lint, format, types, tests on CPU: what CI runs"
+	@echo "make test-all  the same with the whole test matrix"
+	@echo "make lint      lint, format and types alone"
+	@echo "make clean     remove caches and outputs; .venv stays"
+
+setup:
+	@scripts/setup.sh
+
+demo: setup
+	@$(PYTHON_IN_VENV) examples/rl_loop.py
+
+test:
+	@scripts/test.sh
+
+test-all:
+	@scripts/test.sh "not gpu"
+
+lint: setup
+	$(PYTHON_IN_VENV) -m ruff check .
+	$(PYTHON_IN_VENV) -m ruff format --check .
+	$(PYTHON_IN_VENV) -m mypy --strict vllm_wt_plugin examples
+
+clean:
+	rm -rf out dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find vllm_wt_plugin tests examples -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""What tests share: tiny models made on the spot, and real vLLM servers around them."""

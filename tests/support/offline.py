@@ -1,0 +1,258 @@
+"""Offline `LLM` engines in a process of their own, and what every engine is asked in the tests.
+
+One process builds one engine after another (1 to 2 s each, a server takes 20 to 50), asks it
+PROBES, and drops it. The test talks to it in JSON lines; JSON keeps every bit of a float.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+# The last one fills a block of the CPU's prefix cache (128 tokens): asked again, it is answered
+# from the cache, so old keys and values that a push left there show. Asking for the log-probs of
+# a prompt bypasses that cache, so only the others do.
+PROBES: list[list[int]] = [
+    [5, 6, 7, 8],
+    list(range(20, 60)),
+    [100, 3, 100, 3, 100],
+    [(7 * i) % 250 + 3 for i in range(150)],
+    [(11 * i) % 250 + 3 for i in range(200)],
+]
+CACHED = len(PROBES) - 1
+TOKENS = 16
+# How many threads compute changes bits. vLLM's binding gives a server fewer than an engine in
+# the process of its `LLM` object, so every engine that is compared gets one, unbound.
+ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
+REPLY_S = 300.0
+Answers = list[dict[str, Any]]  # per probe: token ids, their log-probs, the top ones, the prompt's
+
+
+def differences(got: Answers, want: Answers) -> list[str]:
+    """Where two answers differ in any bit, in few words (the answers fill pages)."""
+    pairs = enumerate(zip(got, want, strict=True))
+    return [f"probe {i}: {key}" for i, (a, b) in pairs for key in b if a[key] != b[key]]
+
+
+def ask_server(server: Any) -> Answers:
+    """PROBES, one request after another (a batch has other bits), from a `Server`."""
+    out: Answers = []
+    for i, prompt in enumerate(PROBES):
+        options = {} if i == CACHED else {"prompt_logprobs": 1}
+        response = server.complete(
+            prompt, logprobs=2, ignore_eos=True, return_tokens_as_token_ids=True, **options
+        )
+        response.raise_for_status()
+        choice = response.json()["choices"][0]
+        top, ids = choice["logprobs"]["top_logprobs"], choice["logprobs"]["tokens"]
+        out.append(
+            {
+                "tokens": [_id(t) for t in ids],
+                "logprobs": choice["logprobs"]["token_logprobs"],
+                "top": [{str(_id(t)): v for t, v in row.items()} for row in top],
+                "prompt": [
+                    {t: v["logprob"] for t, v in row.items()}
+                    for row in (choice["prompt_logprobs"] or [])[1:]
+                ],
+            }
+        )
+    return out
+
+
+def _id(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
+
+
+class Offline:
+    """Driver of the other process. One engine at a time; `log` has what vLLM prints.
+
+    `in_process`: the worker lives in the process of the `LLM` object, else in others.
+    """
+
+    def __init__(
+        self,
+        log: Path,
+        *,
+        env: Mapping[str, str] | None = None,
+        tp: int = 1,
+        in_process: bool = True,
+    ) -> None:
+        from tests.support.server import vllm_env
+
+        self.log = log
+        threads = ONE_THREAD if tp == 1 else {}
+        self._env = vllm_env(threads | dict(env or {}), tp=tp)
+        self._env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
+        self._tp = tp
+        self._fresh: dict[Path, Answers] = {}
+
+    def start(self) -> Self:
+        with self.log.open("ab") as out:
+            self.process = subprocess.Popen(
+                [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+                stderr=out, env=self._env, cwd=self.log.parent, start_new_session=True,
+            )  # fmt: skip
+        return self
+
+    def fresh(self, model: Path) -> Answers:
+        """What an engine says that has just loaded this checkpoint."""
+        if model not in self._fresh:
+            self._fresh[model] = self._call(op="fresh", model=str(model))
+        return self._fresh[model]
+
+    def push(self, model: Path, sources: Iterable[tuple[str, Path]]) -> list[dict[str, Any]]:
+        """Start from `model`, ask, then push each source and ask again.
+
+        A source is (`folder` | `module` | `fp32`, checkpoint); the latter two are pushed as
+        transformers' model object. One row per source: `answers`, `report` (a PlanReport);
+        the first row is the engine before any push.
+        """
+        rows = [(how, str(path)) for how, path in sources]
+        result: list[dict[str, Any]] = self._call(op="push", model=str(model), sources=rows)
+        return result
+
+    def _call(self, **request: Any) -> Any:
+        if self.process.returncode is not None:  # ended after an error: begin anew
+            self.start()
+        stdin, stdout = self.process.stdin, self.process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.write(json.dumps(request | {"tp": self._tp}).encode() + b"\n")
+        stdin.flush()
+        ready, _, _ = select.select([stdout], [], [], REPLY_S)
+        line = stdout.readline() if ready else b""
+        reply = json.loads(line) if line else {"error": "no reply"}
+        if "error" in reply:
+            self.stop()
+            raise RuntimeError(f"{request}: {reply['error']}\n{self.text()[-4000:]}")
+        return reply["ok"]
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Idempotent; ends the whole process group at once (vLLM's own exit takes seconds)."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+
+# ---- in the other process ------------------------------------------------------------------
+
+
+def _llm(model: str, tp: int) -> Any:
+    from vllm import LLM
+
+    return LLM(
+        model=model, weight_transfer_config={"backend": "ipc"}, enforce_eager=True,
+        max_model_len=256, dtype="bfloat16", tensor_parallel_size=tp,
+    )  # fmt: skip
+
+
+def _ask(llm: Any) -> Answers:
+    from vllm import SamplingParams
+
+    out: Answers = []
+    for i, prompt in enumerate(PROBES):
+        params = SamplingParams(
+            temperature=0, max_tokens=TOKENS, logprobs=2, ignore_eos=True,
+            prompt_logprobs=None if i == CACHED else 1,
+        )  # fmt: skip
+        request = {"prompt_token_ids": prompt}
+        result = llm.generate(request, params, use_tqdm=False)[0]
+        said = result.outputs[0]
+        out.append(
+            {
+                "tokens": list(said.token_ids),
+                "logprobs": [
+                    row[t].logprob for t, row in zip(said.token_ids, said.logprobs, strict=True)
+                ],
+                "top": [_plain(row) for row in said.logprobs],
+                "prompt": [_plain(row) for row in (result.prompt_logprobs or [])[1:]],
+            }
+        )
+    return out
+
+
+def _plain(row: Mapping[int, Any]) -> dict[str, float]:
+    return {str(t): v.logprob for t, v in row.items()}
+
+
+def _source(how: str, path: str) -> Any:
+    if how == "folder":
+        return Path(path)
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.float32 if how == "fp32" else "auto"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype).requires_grad_(False)
+
+
+def _push(llm: Any, sources: list[Any]) -> list[dict[str, Any]]:
+    import msgspec
+
+    from vllm_wt_plugin import WeightSync
+
+    rows: list[dict[str, Any]] = [{"answers": _ask(llm), "report": None}]
+    with WeightSync(llm) as sync:
+        for source in sources:
+            report = sync.push(source)
+            plan = msgspec.to_builtins(report.replicas[0].plan)
+            rows.append({"answers": _ask(llm), "report": plan})
+    return rows
+
+
+def _handle(request: dict[str, Any]) -> Any:
+    # Before the engine: vLLM changes the classes of models that it runs by transformers' code.
+    sources = [_source(how, path) for how, path in request.get("sources", [])]
+    llm = _llm(request["model"], request["tp"])
+    try:
+        return _ask(llm) if request["op"] == "fresh" else _push(llm, sources)
+    finally:
+        shutdown = getattr(llm.llm_engine.engine_core, "shutdown", None)
+        if shutdown is not None:
+            shutdown()
+
+
+def main() -> None:
+    """Serve requests until standard input ends; vLLM's prints go to standard error."""
+    replies = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        start = time.perf_counter()
+        try:
+            reply: dict[str, Any] = {"ok": _handle(json.loads(line))}
+        # Whatever went wrong, the test is to see it.
+        except Exception as exc:
+            reply = {"error": f"{type(exc).__name__}: {exc}"}
+            sys.excepthook(type(exc), exc, exc.__traceback__)
+        gc.collect()
+        sys.stderr.write(f"took {time.perf_counter() - start:.1f} s: {line}")
+        replies.write(json.dumps(reply) + "\n")
+        replies.flush()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""A real `vllm` API server on loopback, in a process group of its own that ends with it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import httpx
+
+START_S = 240.0
+PROMPTS: list[list[int]] = [[5, 6, 7, 8], list(range(20, 60)), [100, 3, 100, 3, 100]]
+Generation = tuple[list[str], list[float]]  # tokens and their log-probs
+
+
+def vllm_env(
+    extra: Mapping[str, str] | None = None, *, plugins: str | None = "wt", tp: int = 1
+) -> dict[str, str]:
+    """The environment of every vLLM process in the tests."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("WT_", "VLLM_"))}
+    env |= {
+        "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+        "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1" if tp > 1 else "2",
+    }  # fmt: skip
+    if plugins is not None:
+        env["VLLM_PLUGINS"] = plugins
+    if tp > 1:
+        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp))
+    return env | dict(extra or {})
+
+
+class Server:
+    """Started by `with`; `log` has what it printed. `args` follow the model's own."""
+
+    def __init__(
+        self,
+        model: Path,
+        log: Path,
+        *,
+        args: Sequence[str] = (),
+        env: Mapping[str, str] | None = None,
+        plugins: str | None = "wt",
+        tp: int = 1,
+        backend: str | None = "ipc",
+    ) -> None:
+        self.port = _free_port()
+        self.url = f"http://127.0.0.1:{self.port}"
+        self.log = log
+        self._command = [
+            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
+            "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port),
+            "--enforce-eager", "--max-model-len", "256", "--dtype", "bfloat16",
+            "--tensor-parallel-size", str(tp), *args,
+        ]  # fmt: skip
+        if backend is not None:
+            self._command += ["--weight-transfer-config", f'{{"backend": "{backend}"}}']
+        self._env = vllm_env(env, plugins=plugins, tp=tp)
+        self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
+
+    def start(self) -> Self:
+        """Blocks until /health answers; raises with the log's end if the server dies."""
+        with self.log.open("wb") as out:
+            self.process = subprocess.Popen(
+                self._command, stdout=out, stderr=subprocess.STDOUT, env=self._env,
+                cwd=self.log.parent, start_new_session=True,
+            )  # fmt: skip
+        deadline = time.monotonic() + START_S
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RuntimeError(f"the server died:\n{self.text()[-4000:]}")
+            try:
+                if self.http.get("/health").status_code == 200:
+                    return self
+            except httpx.TransportError:
+                pass
+            time.sleep(0.5)
+        self.stop()
+        raise TimeoutError(f"no /health in {START_S} s:\n{self.text()[-4000:]}")
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def stop(self) -> None:
+        """Idempotent; ends the server's whole process group."""
+        self.http.close()
+        if self.process.poll() is None:
+            self.process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            for _ in range(100):  # engine and workers clean /dev/shm after their leader has gone
+                os.killpg(self.process.pid, 0)
+                time.sleep(0.1)
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait(20)
+
+    def __enter__(self) -> Self:
+        return self.start()
+
+    def __exit__(
+        self, kind: type[BaseException] | None, exc: BaseException | None, tb: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    def complete(self, prompt: list[int] | str, **options: Any) -> httpx.Response:
+        body = {"model": "m", "prompt": prompt, "max_tokens": 16, "temperature": 0, **options}
+        return self.http.post("/v1/completions", json=body)
+
+    def generations(self) -> list[Generation]:
+        """Greedy tokens and log-probs for PROMPTS, one after another (batching changes bits),
+        after dropping nothing: the prefix cache is the server's own business."""
+        out = []
+        for prompt in PROMPTS:
+            response = self.complete(prompt, logprobs=2, ignore_eos=True)
+            response.raise_for_status()
+            logprobs = response.json()["choices"][0]["logprobs"]
+            out.append((logprobs["tokens"], logprobs["token_logprobs"]))
+        return out
+
+    def status(self) -> dict[str, Any]:
+        data: dict[str, Any] = self.http.get("/weight_transfer_status").json()
+        return data
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port: int = s.getsockname()[1]
+        return port
