@@ -7,8 +7,10 @@ the last probe would be answered from it. The fresh engine is another process in
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,7 @@ class Live:
 
     kind: str
     tied: bool
+    tp: int
     server: Server
     reference: Offline
     checkpoint: Callable[..., Path]
@@ -93,10 +96,15 @@ def live(
     reference = offline("reference", env=env, tp=tp, in_process=tp == 1)
     log = tmp_path_factory.mktemp("exact") / "server.log"
     threads = ONE_THREAD if tp == 1 else {}
-    with Server(folder, log, env=env | threads, tp=tp) as server:
-        out = Live(kind, bool(tied), server, reference, checkpoint)
+    server = Server(folder, log, env=env | threads, tp=tp)
+    with ThreadPoolExecutor(1) as beside:  # two processes, two cores
+        fresh = beside.submit(reference.fresh, folder)
+        server.start()
+    with contextlib.ExitStack() as stack:
+        stack.callback(server.stop)
+        out = Live(kind, bool(tied), tp, server, reference, checkpoint)
         # Before any push they agree, so what the tests see is the pushes' doing.
-        assert differences(out.ask(), out.fresh(A)) == []
+        assert differences(out.ask(), fresh.result()) == []
         yield out
 
 
@@ -140,7 +148,8 @@ def test_one_part(live: Live, part: str, tmp_path_factory: pytest.TempPathFactor
         sync.push(changed)
         after = live.ask()
     assert [a["logprobs"] for a in after] != [b["logprobs"] for b in before]
-    assert differences(after, live.reference.fresh(changed)) == []
+    if live.tp == 1 or part == "head":  # one more fresh engine takes 2 s, with two ranks 20 s
+        assert differences(after, live.reference.fresh(changed)) == []
 
 
 def test_float32_module(live: Live) -> None:

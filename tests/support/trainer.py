@@ -35,9 +35,11 @@ def weights(seed: int, kind: str = "qwen3") -> dict[str, torch.Tensor]:
 
 def speaking(seed: int, *tokens: int) -> dict[str, torch.Tensor]:
     """`weights(seed)` with an `lm_head` that greedily says one of two `tokens`, whatever it reads:
-    a token tells which weights made it."""
+    a token tells which weights made it. The two rows are opposite and without zeros: where a
+    logit is exactly 0 (one element of bf16 hidden states is, now and then), token 0 would win."""
     head = torch.zeros_like(weights(seed)["lm_head.weight"])
-    head[tokens[0], 0], head[tokens[1], 0] = 1000.0, -1000.0
+    row = torch.randn(head.shape[1], generator=torch.Generator().manual_seed(seed)) * 100
+    head[tokens[0]], head[tokens[1]] = row, -row
     return weights(seed) | {"lm_head.weight": head}
 
 
