@@ -35,7 +35,7 @@ def server(
     """  # fmt: skip
     env = os.environ | {
         "VLLM_SERVER_DEV_MODE": "1", "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
-        "VLLM_PLUGINS": "wt",
+        "VLLM_PLUGINS": "wt", "VLLM_ENABLE_V1_MULTIPROCESSING": "1",
     }  # fmt: skip
     if gpus is not None:
         env["CUDA_VISIBLE_DEVICES"] = gpus

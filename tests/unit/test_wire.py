@@ -405,6 +405,9 @@ VERBS: list[Any] = [
     msg.MarkDirty("why", True),
     msg.SetVersion("7"),
     msg.Shutdown(),
+    msg.Export(KEY, (ParamSpec("w", "bfloat16", (4, 4)),), "me", ShmStorage(f"/wt_{KEY}", 1)),
+    msg.Detach(""),
+    msg.Touch(KEY, ""),
 ]
 
 

@@ -113,6 +113,14 @@ def check(policy: AccessPolicy, scope: Scope) -> None:
     _check_media_type(scope, where)
 
 
+def require_same_host(scope: Scope) -> None:
+    """Raises AccessDenied for a peer that is not on this machine, whatever token it has."""
+    peer, unix, where = _peer(scope)
+    if not unix and not (peer is not None and peer.is_loopback):
+        step = "call from this machine, over http://localhost or 127.0.0.1"
+        raise AccessDenied("memory is shared within one host only", where=where, next_step=step)
+
+
 def _peer(scope: Scope) -> tuple[Address | None, bool, str]:
     """The peer's address (IPv4 where mapped into IPv6), whether it is a Unix socket, and words.
 

@@ -20,6 +20,7 @@ from vllm_wt_plugin.errors import (
     UnsupportedVLLM,
     WeightSyncError,
 )
+from vllm_wt_plugin.server import bridge
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
@@ -184,6 +185,7 @@ ROUTES: dict[tuple[str, str], Handler] = {
     ("GET", "/weight_info"): weight_info,
     ("POST", "/update_weight_version"): update_weight_version,
     ("GET", "/weight_transfer_status"): weight_transfer_status,
+    **bridge.ROUTES,
 }
 PATHS = frozenset(path for _, path in ROUTES)
 

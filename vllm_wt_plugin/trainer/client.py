@@ -68,6 +68,10 @@ class HTTPClient:
         """POST `body` as JSON to one of the plugin's routes."""
         return self._call("POST", path, body)
 
+    def get(self, path: str) -> dict[str, Any]:
+        """GET one of the plugin's routes."""
+        return self._call("GET", path)
+
     def start(self, body: msg.StartBody) -> tuple[str, msg.PlanReport | None]:
         """Open an update of several calls; its session, which they name, and the plan if new."""
         reply = self.post("/start_weight_update", body)

@@ -108,8 +108,8 @@ def drop_ties(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tenso
 
 
 def _identity(tensor: Tensor) -> object:
-    # Empty tensors and the empty local shards of DTensors all have address 0.
-    if tensor.numel() == 0 or is_dtensor(tensor):
+    # Empty tensors, the empty local shards of DTensors and meta tensors all have address 0.
+    if tensor.numel() == 0 or tensor.is_meta or is_dtensor(tensor):
         return id(tensor)
     return tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype
 

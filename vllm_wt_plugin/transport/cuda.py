@@ -39,9 +39,11 @@ class CudaExport:
 
     def __init__(self, storage: torch.UntypedStorage, span: Span) -> None:
         try:
-            device, handle, nbytes, offset, counter, slot, _, _ = storage._share_cuda_()
+            shared = storage._share_cuda_()
         except RuntimeError as exc:
             raise _not_exportable(_line(exc), span.name) from exc
+        device, handle, nbytes, offset, counter, slot, _, _ = shared
+        self.torch_handle: tuple[Any, ...] = shared  # as `_new_shared_cuda` takes it
         self._finalizer = weakref.finalize(self, _release, counter, slot)
         self._finalizer.atexit = False  # the process's end frees more than this could
         self._storage = storage

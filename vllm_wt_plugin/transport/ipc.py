@@ -67,6 +67,32 @@ class Exporter(BaseExporter):
         self._fences.clear()
 
 
+class LiveExporter(Exporter):
+    """Worker side, for the bridge: shares live weights themselves, to be written by a trainer.
+
+    CUDA memory as it is. CPU memory must have been given a shm segment for its `homes` first
+    ({address: segment}); then nothing is copied either.
+    """
+
+    copied = frozenset()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.homes: dict[int, shm.Home] = {}
+
+    def _export(self, storage: torch.UntypedStorage, span: Span) -> Export:
+        if storage.device.type == "cpu":
+            home = self.homes.get(storage.data_ptr())
+            if home is None:
+                raise HandleError("this memory is in no shared segment", where=span.name)
+            return home
+        return super()._export(storage, span)
+
+    def exports(self) -> dict[int, Export]:
+        """What is shared now, by address."""
+        return {place.address: export for place, export in self._current.items()}
+
+
 @dataclass(frozen=True, slots=True)
 class _Opened:
     registration: Registration
@@ -79,11 +105,12 @@ class Importer:
     """Worker side: opens registrations and keeps them by id until `close`. Not thread-safe.
 
     `device` is the worker's CUDA device, by default the current one when memory is first
-    mapped; CPU and in-process tensors stay where they are. A context manager.
+    mapped; CPU and in-process tensors stay where they are. A context manager. `write`: what is
+    written into the views of CPU memory shall reach its owner (CUDA memory is always shared).
     """
 
-    def __init__(self, device: int | None = None) -> None:
-        self._device = device
+    def __init__(self, device: int | None = None, *, write: bool = False) -> None:
+        self._device, self._write = device, write
         self._opened: dict[str, _Opened] = {}
 
     @property
@@ -133,7 +160,7 @@ class Importer:
     def _attach(self, storage: Storage, allocations: cuda.Allocations, name: str) -> Mapped:
         match storage:
             case ShmStorage():
-                return shm.attach(storage, name)
+                return shm.attach(storage, name, write=self._write)
             case CudaStorage():
                 return allocations.attach(storage, self.device, name)
             case LocalStorage():

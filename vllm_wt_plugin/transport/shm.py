@@ -1,5 +1,8 @@
 """CPU storages through POSIX shared memory: the trainer's copy, the worker's private mapping.
 
+For the bridge, the other way round: `Home` is where a worker's weights live, and the trainer maps
+it to write in.
+
 A segment is a file `/dev/shm/wt_<32 hex>`, mode 0600. Its owner holds a shared `flock` on it
 until it is closed or dies; one that can be locked exclusively has no owner and may be swept.
 Names are secrets (whoever knows one may read it): they appear in no message.
@@ -66,6 +69,41 @@ class Segment:
         self._finalizer()
 
 
+class Home(Segment):
+    """Worker side: a segment that takes a storage's place. Tensors set on `memory` are shared as
+    they are; nothing is copied after the first time."""
+
+    def __init__(self, storage: torch.UntypedStorage, name: str) -> None:
+        super().__init__(storage, Span(0, storage.nbytes(), name))
+        super().refresh()
+        self._storage = self.memory = self._bytes.untyped_storage()
+
+    def rebind(self, storage: torch.UntypedStorage) -> bool:
+        """False where the tensors have left it."""
+        return storage.data_ptr() == self.memory.data_ptr()
+
+    def refresh(self) -> None:
+        """Nothing to do: it is the memory."""
+
+    def close(self) -> None:
+        """Nothing: weights live here until their process ends."""
+
+
+def owned(handle: ShmStorage) -> bool:
+    """Does a living process of this user hold the segment? The owner keeps a lock on it."""
+    try:
+        fd = os.open(_path(handle, ""), _READ)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(fd)
+    return False
+
+
 def _create(nbytes: int, name: str) -> tuple[str, int]:
     """A new locked segment of `nbytes` zeros: its name and a descriptor that holds the lock."""
     try:
@@ -116,8 +154,9 @@ def _map(fd: int, nbytes: int, *, shared: bool, name: str) -> torch.UntypedStora
     return cast(torch.UntypedStorage, mapped)
 
 
-def attach(handle: ShmStorage, name: str) -> Mapped:
+def attach(handle: ShmStorage, name: str, *, write: bool = False) -> Mapped:
     """Worker side: a private read mapping of a segment, checked first; `name`: the parameter.
+    `write`: a shared one, whose writes the other side sees.
 
     Raises HandleError for a name that is not ours, a file that is gone, is no regular file,
     belongs to another user, or is smaller than claimed (reading past its end kills a process).
@@ -130,7 +169,7 @@ def attach(handle: ShmStorage, name: str) -> Mapped:
     try:
         found = os.fstat(fd)
         _check_file(found, handle.nbytes, name)
-        memory = _map(fd, handle.nbytes, shared=False, name=name)
+        memory = _map(fd, handle.nbytes, shared=write, name=name)
     finally:
         os.close(fd)
     return Mapped(memory, 0, partial(_check_alive, handle, name, (found.st_dev, found.st_ino)))

@@ -159,6 +159,8 @@ def start(body: msg.StartBody) -> Steps:
         report = agree(replies, body.announce.specs if body.announce is not None else ())
         if not was_paused:
             yield Pause()
+        if body.attached is not None:  # the trainer may write as soon as it is told
+            agree((yield Call((msg.Touch(session, body.attached),))))
         yield WatchLease(session, body.owner, any(r.state.resume_after for r in replies))
     except Exception as exc:
         yield from _undo(session, exc, [], resume=not was_paused)
@@ -209,6 +211,13 @@ def finish(body: msg.FinishBody) -> Steps:
         yield from _undo(body.session, exc, done, resume=open_[0].state.resume_after)
         raise
     return (yield from _publish(done, done, None))
+
+
+def notify(body: msg.StartBody, version: str) -> Steps:
+    """An attached trainer has written in place already: name it, drop caches of the old."""
+    opened = yield from start(body)
+    done = yield from finish(msg.FinishBody(version, opened.session))
+    return done
 
 
 def abort(body: msg.AbortBody) -> Steps:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 
 from vllm_wt_plugin.errors import EngineDirty, RequestError, UpdateInProgress
-from vllm_wt_plugin.wire.handles import Hex32, Registration, Storage, TensorRef
+from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage, Storage, TensorRef
 from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size
 
 T = TypeVar("T")
@@ -62,6 +62,7 @@ class StartBody(_Data, frozen=True):
     is_checkpoint_format: bool = True
     announced: Hex32 | None = None  # a packed update; `announce` is sent once
     announce: Announcement | None = None
+    attached: Session | None = None  # a bridge writes in place, nothing is sent; "": the last one
 
 
 class UpdateInfo(_Data, frozen=True):
@@ -180,6 +181,29 @@ class Bucket(_Verb, frozen=True, tag="bucket"):
     index: int
 
 
+class Export(_Verb, frozen=True, tag="export"):
+    """Show a trainer on this host where these checkpoint tensors live, to be written in place.
+
+    `presence`: a segment the trainer holds for as long as it is attached.
+    """
+
+    attached: Hex32
+    specs: tuple[ParamSpec, ...]
+    owner: str
+    presence: ShmStorage
+
+
+class Detach(_Verb, frozen=True, tag="detach"):
+    attached: Session
+
+
+class Touch(_Verb, frozen=True, tag="touch"):
+    """From now until commit the attached trainer may be writing."""
+
+    session: Session
+    attached: Session
+
+
 class Apply(_Verb, frozen=True, tag="apply"):
     """Copy the prepared registration into the live weights."""
 
@@ -211,7 +235,7 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 Verb = (
     Status | Init | Begin | Prepare | Announce | Bucket | Apply | Commit | Abort | MarkDirty
-    | SetVersion | Shutdown
+    | SetVersion | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])

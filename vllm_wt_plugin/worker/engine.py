@@ -40,6 +40,7 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             lambda: VllmHost(self.model, vllm_config, device),
             Importer(device.index),
             rank=parallel.data_parallel_index * parallel.world_size + parallel.rank,
+            world_size=parallel.world_size_across_dp,
             log=logger.error,
             after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
             synchronize=self._synchronize,

@@ -13,7 +13,7 @@ from typing import Any
 
 import msgspec
 
-from vllm_wt_plugin.errors import from_dict
+from vllm_wt_plugin.errors import StateError, from_dict
 from vllm_wt_plugin.wire import messages as msg
 
 # Worker methods of vLLM's own update lifecycle, and the engine's method for each.
@@ -65,6 +65,7 @@ def _register() -> None:
     for core in _vllm.engine_core_classes():
         _vllm.wrap(core, "collective_rpc", _raise_failures)
         _vllm.wrap(core, "resume_scheduler", _refuse_dirty)
+        _vllm.wrap(core, "sleep", _refuse_attached)
         core.weight_push = weight_push
     _vllm.swap_engine("ipc", IPCEngine)
 
@@ -141,6 +142,22 @@ def _refuse_dirty(original: Any) -> Any:
         return original(self)
 
     return resume_scheduler
+
+
+def _refuse_attached(original: Any) -> Any:
+    """No sleep that moves weights while a trainer on this host computes with them."""
+
+    def sleep(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
+        if level >= 1 and self.vllm_config.weight_transfer_config is not None:
+            for reply in self.model_executor.collective_rpc("weight_sync", args=(_STATUS,)):
+                if owners := reply.get("info", {}).get("attached"):
+                    raise StateError(
+                        f"sleep is refused: {', '.join(owners.values())} trains on these weights",
+                        next_step="close its bridge (or POST /bridge/detach), then sleep",
+                    )
+        return original(self, level, *args, **kwargs)
+
+    return sleep
 
 
 def _sleep(original: Any) -> Any:

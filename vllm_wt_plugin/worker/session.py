@@ -29,6 +29,7 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.worker.export import Attached, Exports
 from vllm_wt_plugin.worker.known import Known, Registered
 from vllm_wt_plugin.worker.packed import PackedUpdate
 from vllm_wt_plugin.worker.plan.host import Host
@@ -50,6 +51,7 @@ class _Open:
     prepared: Registered | None = None
     way: str = ""  # how its tensors come; one update, one way
     packed: PackedUpdate | None = None
+    attached: Attached | None = None  # who writes in place
     update: Update | None = None  # a complete one, ready for commit
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
     written: set[str] = field(default_factory=set)
@@ -83,11 +85,13 @@ class WorkerSession:
         importer: Importer,
         *,
         rank: int,
+        world_size: int = 1,
         log: Callable[..., None],
         after_commit: Callable[[], None],
         synchronize: Callable[[], None],
     ) -> None:
         self.known, self.rank = Known(host, importer), rank
+        self.exports = Exports(self.known, world_size)
         self._log, self._after_commit, self._synchronize = log, after_commit, synchronize
         self.version = "default"
         self.dirty = ""  # why, while DIRTY
@@ -132,7 +136,11 @@ class WorkerSession:
     def run(self, verb: msg.Verb, out: _Reply) -> None:
         match verb:
             case msg.Status():
-                out.info = {"registrations": self.known.registrations, "ended": list(self.ended)}
+                out.info = {
+                    "registrations": self.known.registrations,
+                    "ended": list(self.ended),
+                    "attached": self.exports.attached(),
+                }
             case msg.Init():
                 msg.convert(verb.info, msg.IpcInit)
             case msg.Begin():
@@ -159,6 +167,14 @@ class WorkerSession:
             case msg.Shutdown():
                 self._no_update("the connection")
                 self.known.forget()
+            case msg.Export():
+                self._awake()
+                self._no_update("sharing the weights")
+                out.info["exported"] = self.exports.export(verb)
+            case msg.Detach():
+                self.exports.detach(verb.attached)
+            case msg.Touch():
+                self.touch(verb, out)
 
     # ---- transitions ------------------------------------------------------------------
 
@@ -225,6 +241,13 @@ class WorkerSession:
             open_.packed.receive()
             self._synchronize()
 
+    def touch(self, verb: msg.Touch, out: _Reply) -> None:
+        """An attached trainer begins to write: from now the weights may be mixed."""
+        open_ = self._mine(verb.session, out)
+        attached = self.exports.find(verb.attached)
+        self._by(open_, "in place")
+        open_.attached, open_.wrote = attached, True
+
     def _apply_part(self, open_: _Open, plan: LoadPlan, tensors: dict[str, torch.Tensor]) -> None:
         """Copy what is a plain copy; hold the rest until every name is there."""
         later = plan.computed_names
@@ -251,6 +274,9 @@ class WorkerSession:
                 update.assume(open_.written)
                 update.receive(open_.held, lasting=True)
                 update.finish()
+                self._synchronize()
+            elif open_.attached is not None:
+                self.exports.finish(open_.attached)
                 self._synchronize()
             elif open_.packed is not None:
                 open_.packed.finish()
