@@ -33,7 +33,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -127,7 +127,7 @@ def save_tokenizer(folder: Path) -> None:
 
 
 @contextmanager
-def served(model: Path, log: Path) -> Iterator[str]:
+def served(model: Path, log: Path, *args: str) -> Iterator[str]:
     """The URL of a vLLM server with the plugin; its process group is gone when this is left."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -137,7 +137,7 @@ def served(model: Path, log: Path) -> Iterator[str]:
         "--model", str(model), "--served-model-name", "policy",
         "--host", "127.0.0.1", "--port", str(port), "--dtype", "bfloat16",
         "--enforce-eager", "--max-model-len", "256",
-        "--weight-transfer-config", '{"backend": "ipc"}',
+        "--weight-transfer-config", '{"backend": "ipc"}', *args,
     ]  # fmt: skip
     env = os.environ | {"VLLM_PLUGINS": "wt", "VLLM_NO_USAGE_STATS": "1"}
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
@@ -224,8 +224,9 @@ def as_group(prompt: str, choices: list[dict[str, Any]]) -> Group:
 
 def token_logprobs(model: Qwen3ForCausalLM, group: Group) -> Tensor:
     """The trainer's log-prob of each sampled token: [SAMPLES, TOKENS]."""
-    prompt = torch.tensor(group.prompt_ids).expand(len(group.tokens), -1)
-    logits = model(torch.cat([prompt, group.tokens], dim=1)).logits
+    ids = torch.tensor(group.prompt_ids, device=group.tokens.device)
+    prompt = ids.expand(len(group.tokens), -1)
+    logits = model(torch.cat([prompt, group.tokens], dim=1)).logits.float()
     scores = logits[:, prompt.shape[1] - 1 : -1].log_softmax(-1)
     chosen: Tensor = scores.gather(-1, group.tokens.unsqueeze(-1)).squeeze(-1)
     return chosen
@@ -370,7 +371,7 @@ def run(steps: int, seed: int, out: Path) -> str:
     return f"{check(done)}; wrote {png}"
 
 
-def main() -> int:
+def main(demo: Callable[[int, int, Path], str] = run) -> int:
     parser = argparse.ArgumentParser(description="GRPO against a live vLLM server")
     parser.add_argument("--steps", type=int, default=30, help="at least 25 for the check to pass")
     parser.add_argument("--seed", type=int, default=0, help="of the model's first weights")
@@ -379,7 +380,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, terminated)
     start = time.monotonic()
     try:
-        line = run(max(1, args.steps), args.seed, args.out.resolve())
+        line = demo(max(1, args.steps), args.seed, args.out.resolve())
     except (DemoFailed, WeightSyncError, httpx.HTTPError) as exc:
         print(f"FAILED: {exc}", file=sys.stderr)
         return 1

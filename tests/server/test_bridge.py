@@ -6,7 +6,10 @@ import base64
 import json
 import os
 import re
+import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -20,7 +23,17 @@ from torch import nn
 from tests.support import models
 from tests.support.offline import ONE_THREAD, Offline, ask_server, differences
 from tests.support.server import Server
-from vllm_wt_plugin import WeightSync
+from tests.support.trainer import ROOT, trainer
+from vllm_wt_plugin import (
+    EngineDirty,
+    NoUpdate,
+    PlanError,
+    RequestError,
+    ServerUnreachable,
+    StateError,
+    UpdateInProgress,
+    WeightSync,
+)
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 
 pytestmark = pytest.mark.server
@@ -41,7 +54,7 @@ class Live:
     server: Server
     folder: Path
     logs: Path
-    reference: Offline
+    reference: Offline | None
     tmp: Path
 
     def bridge(self, **options: Any) -> VLLMWeightBridge:
@@ -190,10 +203,211 @@ def in_group(process: Path, group: int) -> bool:
         return False
 
 
-def test_times_of_the_tests_do_not_depend_on_leases(live: Live) -> None:
-    """A status after everything: whole, and nobody attached any more."""
-    deadline = time.monotonic() + 10
-    while (status := live.server.http.get("/bridge/status").json())["attached"]:
-        assert time.monotonic() < deadline
+# ---- faults, on a model large enough to weigh ----------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
+    """100 MB of Llama in vLLM's dev mode (for /sleep), with nothing to be compared with."""
+    import transformers as tf
+
+    tmp = tmp_path_factory.mktemp("large")
+    config = models.config("llama")
+    config.update({"hidden_size": 256, "intermediate_size": 8192, "num_hidden_layers": 8})
+    model = tf.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    folder = models.save(model, tmp / "model")
+    env = ENV | {"VLLM_SERVER_DEV_MODE": "1"}
+    with Server(folder, tmp / "server.log", env=env) as server:
+        yield Live(server, folder, tmp, None, tmp)
+
+
+def test_one_copy_in_bytes(large: Live) -> None:
+    """Neither the engine nor the trainer grows by a model when they share one."""
+    engine = max(engines(large.server), key=lambda pid: memory(pid, "RssAnon"))
+    need = sum(f.stat().st_size for f in large.folder.glob("*.safetensors"))
+    assert need > 90e6
+    before = {pid: memory(pid, "RssAnon") for pid in (engine, os.getpid())}
+    with large.bridge() as bridge:
+        model = bridge.get_trainable_model()
+        after = {pid: memory(pid, "RssAnon") for pid in (engine, os.getpid())}
+        assert sum(p.nbytes for p in model.parameters()) > 0.99 * need
+        assert after[engine] - before[engine] < -0.7 * need  # its weights moved out
+        assert after[os.getpid()] - before[os.getpid()] < 0.3 * need
+        shared = sum((Path("/dev/shm") / n).stat().st_size for n in segments(engine))
+        assert 0.99 * need < shared < 1.02 * need
+
+
+def engines(server: Server) -> list[int]:
+    return [int(p.name) for p in Path("/proc").glob("[0-9]*") if in_group(p, server.process.pid)]
+
+
+def memory(pid: int, field: str) -> int:
+    """Bytes of one line of /proc/PID/status."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(r.split()[1] for r in status.splitlines() if r.startswith(field))) * 1024
+
+
+def test_a_step_that_fails_leaves_the_engine_dirty_and_the_next_heals_it(large: Live) -> None:
+    with large.bridge() as bridge:
+        bridge.get_trainable_model()
+        with pytest.raises(ZeroDivisionError), bridge.update():
+            1 / 0  # noqa: B018
+        status = bridge.status()
+        assert status["state"] == "DIRTY"
+        assert "ZeroDivisionError" in status["reason"]
+        assert large.server.complete([5, 6]).status_code == 503
+        with bridge.update(version="healed"):
+            pass
+        assert (bridge.status()["state"], bridge.status()["version"]) == ("IDLE", "healed")
+        assert large.server.complete([5, 6]).status_code == 200
+
+
+def test_a_trainer_that_dies(large: Live) -> None:
+    """Attached and idle: nothing happens. Inside an update: DIRTY when its lease ends, healed by
+    the next trainer's update."""
+    process = dying_trainer(large, "attached")
+    assert large.server.http.get("/bridge/status").json()["attached"] != []
+    kill(process)
+    status = large.server.http.get("/bridge/status").json()
+    assert (status["attached"], status["state"]) == ([], "IDLE")
+    assert large.server.complete([5, 6]).status_code == 200
+    process = dying_trainer(large, "inside")
+    # Attaching is refused while the update is open.
+    with large.bridge() as bridge, pytest.raises(UpdateInProgress):
+        bridge.get_trainable_model()
+    kill(process)
+    wait_until(lambda: large.server.status()["state"] == "DIRTY")
+    assert "lease" in large.server.status()["reason"]
+    assert large.server.complete([5, 6]).status_code == 503
+    with large.bridge() as bridge:
+        bridge.get_trainable_model()
+        with bridge.update():
+            pass
+    assert large.server.complete([5, 6]).status_code == 200
+
+
+def dying_trainer(large: Live, where: str) -> subprocess.Popen[str]:
+    arguments = [large.server.url, str(large.folder), where]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.server.test_bridge", *arguments],
+        stdout=subprocess.PIPE, text=True, cwd=ROOT,
+    )  # fmt: skip
+    assert process.stdout is not None
+    assert process.stdout.readline().strip() == "there"
+    return process
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait(20)
+    assert process.stdout is not None
+    process.stdout.close()
+
+
+def wait_until(true: Callable[[], bool], seconds: float = 20.0) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end
         time.sleep(0.1)
-    assert (status["state"], status["reason"]) == ("IDLE", "")
+
+
+def test_a_lease_that_ended_is_told(large: Live) -> None:
+    with large.bridge() as bridge:
+        bridge.get_trainable_model()
+        with pytest.raises((NoUpdate, EngineDirty)), bridge.update(lease_s=0.5):
+            wait_until(lambda: large.server.status()["state"] == "DIRTY")
+        with bridge.update():
+            pass
+        assert bridge.status()["state"] == "IDLE"
+
+
+def test_sleep_is_refused_while_a_trainer_is_attached(large: Live) -> None:
+    with large.bridge() as bridge:
+        bridge.get_trainable_model()
+        response = large.server.http.post("/sleep", params={"level": 1})
+        assert response.status_code == 409
+        assert "trains on these weights" in response.json()["error"]
+        assert large.server.complete([5, 6]).status_code == 200
+    assert large.server.http.post("/sleep", params={"level": 1}).status_code == 200
+    assert large.server.http.post("/wake_up").status_code == 200
+
+
+def test_requests_that_cannot_be(large: Live) -> None:
+    with pytest.raises(PlanError, match="no name covers"), large.bridge() as bridge:
+        bridge.attach_to_vllm_weights({"model.norm.weight": torch.empty(256, device="meta")})
+    with large.bridge() as bridge:
+        with pytest.raises(NoUpdate, match="attached"), bridge.update():
+            pytest.fail("nobody is attached")
+        with pytest.raises(RequestError, match="mode"), bridge.update(mode="fast"):  # type: ignore[arg-type]
+            pytest.fail("no such mode")
+        bridge.get_trainable_model()
+        with pytest.raises(StateError, match="already"):
+            bridge.attach_to_vllm_weights({})
+    for body in ({}, {"specs": [], "presence": {}}, {"what": 1}):
+        assert large.server.http.post("/bridge/export_cuda_ipc", json=body).status_code == 400
+    forwarded = large.server.http.post(
+        "/bridge/export_cuda_ipc", json={}, headers={"X-Forwarded-For": "127.0.0.1"}
+    )
+    assert forwarded.status_code == 403
+    assert large.server.status()["state"] == "IDLE"
+
+
+def test_a_push_cannot_come_between(large: Live) -> None:
+    with large.bridge() as bridge:
+        bridge.get_trainable_model()
+        with bridge.update():
+            response = large.server.http.post("/push_weights", json=trainer(1).push())
+            assert response.status_code == 409
+        assert bridge.status()["state"] == "IDLE"
+
+
+def test_the_server_dies(large: Live) -> None:
+    """The last test of this server: the trainer is told, and its memory does not vanish."""
+    own = segments(os.getpid())  # of other tests
+    with large.bridge() as bridge:
+        model = bridge.get_trainable_model()
+        before = [p.detach().clone() for p in model.parameters()]
+        os.killpg(large.server.process.pid, signal.SIGKILL)
+        large.server.process.wait(20)
+        wait_until(lambda: engines(large.server) == [])
+        assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
+        for mode in ("pause", "overlap"):
+            with pytest.raises(ServerUnreachable), bridge.update(mode=mode):
+                pytest.fail("the step must not run")
+        with pytest.raises(ServerUnreachable):
+            bridge.notify_update()
+        names = segments(os.getpid()).keys() - own.keys()
+    assert names
+    assert [n for n in names if (Path("/dev/shm") / n).exists()] == []
+
+
+def test_packed_weights_are_refused_by_name(
+    checkpoint: Callable[..., Path], serve: Callable[..., Server]
+) -> None:
+    """Without WT_CPU_INPLACE vLLM computes with packed copies: nothing to train in place."""
+    folder = checkpoint("qwen3", 1)
+    server = serve(folder)
+    config = BridgeConfig(device="cpu", vllm_api_url=server.url)  # the model's name: the server's
+    with VLLMWeightBridge(config) as bridge:
+        with pytest.raises(PlanError, match="computes with another form of it") as caught:
+            bridge.get_trainable_model()
+        assert "proj.weight" in str(caught.value)
+        assert "WT_CPU_INPLACE" in caught.value.next_step
+    assert server.http.get("/bridge/status").json()["attached"] == []
+
+
+def _main(url: str, folder: str, where: str) -> None:
+    """A trainer that waits to be killed."""
+    config = BridgeConfig(model_name=folder, device="cpu", vllm_api_url=url)
+    bridge = VLLMWeightBridge(config)
+    bridge.get_trainable_model()
+    if where == "attached":
+        print("there", flush=True)
+        signal.pause()
+    with bridge.update(lease_s=2):
+        print("there", flush=True)
+        signal.pause()
+
+
+if __name__ == "__main__":
+    _main(*sys.argv[1:])

@@ -62,7 +62,7 @@ class VLLMWeightBridge:
         self._masters: Masters | None = None
         self._group: dist.ProcessGroup | None = None
         self._updates = 0
-        self._initialized = False
+        self._initialized = self._closed = False
 
     # ---- attaching --------------------------------------------------------------------
 
@@ -71,6 +71,8 @@ class VLLMWeightBridge:
 
         Raises ServerUnreachable; with several trainers it is a collective of them.
         """
+        if self._closed:
+            raise StateError("this bridge is closed", next_step="make a new one")
         if self._initialized:
             return
         if not self.config.is_local_mode:
@@ -242,6 +244,9 @@ class VLLMWeightBridge:
 
     def cleanup(self) -> None:
         """Detach and forget the model. Idempotent; a server that is gone is left alone."""
+        if self._closed:
+            return
+        self._closed = True
         self._model, self._masters, self.shared_state_dict = None, None, {}
         self._detach()
         self._importer.close()
@@ -251,7 +256,7 @@ class VLLMWeightBridge:
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
-        self._initialized = False
+        self._http.close()
         shm.sweep_orphans()  # what a server that was killed left
 
     def _detach(self) -> None:

@@ -67,7 +67,7 @@ def broadcast_object_list(
     """
     at = device or torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
     data, error = b"", None
-    if dist.get_rank(group) == src:
+    if group.rank() == src:  # not `get_rank`, which asks for a default group
         try:
             data = msgspec.msgpack.encode(_plain(object_list))
         except TypeError as exc:

@@ -10,13 +10,16 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from fastapi import Request
+from fastapi import FastAPI, Request
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from vllm_wt_plugin.errors import TransferError
+from vllm_wt_plugin.errors import TransferError, WeightSyncError
 from vllm_wt_plugin.server.access import require_same_host
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import bridge, exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.bridge import refuse_sleep
 
 _export = msgspec.json.Decoder(bridge.ExportBody)
 _notify = msgspec.json.Decoder(bridge.NotifyBody)
@@ -90,6 +93,29 @@ async def detach(request: Request, control: EngineControl) -> dict[str, Any]:
     body = msg.decode(_detach, await request.body() or b"{}")
     exchange.agree(await control.call(msg.Detach(body.attached)))
     return await status(request, control)
+
+
+class SleepGate:
+    """vLLM's own `/sleep` (dev mode) would move weights that a trainer computes with. The engine
+    core refuses that too, but vLLM answers its caller with a bare 500."""
+
+    def __init__(self, app: ASGIApp, api: FastAPI) -> None:
+        self.app, self.api = app, api
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        control: EngineControl | None = getattr(self.api.state, "wt_control", None)
+        path = scope.get("path", "").removeprefix(scope.get("root_path", ""))
+        if control is None or (scope["type"], path) != ("http", "/sleep"):
+            return await self.app(scope, receive, send)
+        try:
+            if Request(scope).query_params.get("level", "1") != "0":
+                replies = await control.call(msg.Status())
+                exchange.agree(replies)
+                refuse_sleep(*(r.info["attached"] for r in replies))
+        except WeightSyncError as exc:
+            response = JSONResponse(exc.to_dict(), status_code=exc.status)
+            return await response(scope, receive, send)
+        await self.app(scope, receive, send)
 
 
 ROUTES = {

@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_wt_plugin.errors import EngineDirty, UnsupportedVLLM, WeightSyncError
 from vllm_wt_plugin.server.access import AccessMiddleware, AccessPolicy
+from vllm_wt_plugin.server.bridge import SleepGate
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.server.routes import PATHS, router
 
@@ -88,6 +89,7 @@ class WeightSyncPlugin:
         keys = args.api_key or [os.environ.get("VLLM_API_KEY")]
         policy = AccessPolicy.from_env(os.environ, [k for k in keys if k])
         app.include_router(router())
+        app.add_middleware(SleepGate, api=app)
         app.add_middleware(DirtyGate, api=app)
         app.add_middleware(AccessMiddleware, policy=policy, guarded=lambda p, _: p in PATHS)
         self.attached = True

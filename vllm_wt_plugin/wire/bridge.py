@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from vllm_wt_plugin.errors import StateError
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
 from vllm_wt_plugin.wire.messages import Session, Text
 from vllm_wt_plugin.wire.params import ParamSpec
@@ -100,3 +101,13 @@ def config_file(model: str, exported: Exported) -> dict[str, Any]:
         "single_copy_enabled": True,
         "num_params": len(exported.tensors),
     }
+
+
+def refuse_sleep(*attached: dict[str, str]) -> None:
+    """Raise while any rank has a trainer: `attached` is {id: owner} of each."""
+    owners = sorted({owner for rank in attached for owner in rank.values()})
+    if owners:
+        raise StateError(
+            f"sleep is refused: {', '.join(owners)} trains on these weights",
+            next_step="close its bridge (or POST /bridge/detach), then sleep",
+        )

@@ -13,8 +13,9 @@ from typing import Any
 
 import msgspec
 
-from vllm_wt_plugin.errors import StateError, from_dict
+from vllm_wt_plugin.errors import from_dict
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.bridge import refuse_sleep
 
 # Worker methods of vLLM's own update lifecycle, and the engine's method for each.
 UPSTREAM = {
@@ -149,12 +150,8 @@ def _refuse_attached(original: Any) -> Any:
 
     def sleep(self: Any, level: int = 1, *args: Any, **kwargs: Any) -> Any:
         if level >= 1 and self.vllm_config.weight_transfer_config is not None:
-            for reply in self.model_executor.collective_rpc("weight_sync", args=(_STATUS,)):
-                if owners := reply.get("info", {}).get("attached"):
-                    raise StateError(
-                        f"sleep is refused: {', '.join(owners.values())} trains on these weights",
-                        next_step="close its bridge (or POST /bridge/detach), then sleep",
-                    )
+            replies = self.model_executor.collective_rpc("weight_sync", args=(_STATUS,))
+            refuse_sleep(*(r.get("info", {}).get("attached", {}) for r in replies))
         return original(self, level, *args, **kwargs)
 
     return sleep
