@@ -11,6 +11,7 @@ tokens. Times of one optimiser step with the weights live at its end, in ms.
 from __future__ import annotations
 
 import argparse
+import os
 import statistics as st
 import time
 from collections.abc import Callable
@@ -24,6 +25,14 @@ from benchmarks import engines, shapes
 from benchmarks.result import Result
 from vllm_wt_plugin import WeightSync
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
+from vllm_wt_plugin.transport.cuda import _allocation
+
+
+def opened(model: Any) -> int:
+    """Bytes of the allocations that the parameters' handles open: more than the weights, where
+    vLLM's allocator has put other things beside them."""
+    found = {_allocation(p.data_ptr(), 0, "") for p in model.parameters()}
+    return sum(size for _, size in found)
 
 
 def used() -> int:
@@ -78,6 +87,7 @@ def through_the_bridge(result: Result, folder: Path, url: str, rounds: int) -> N
         where = [p.data_ptr() for p in model.parameters()]
         nbytes = sum(p.nbytes for p in model.parameters())
         result.facts["parameters, bytes"] = nbytes
+        result.facts["opened by their handles, bytes"] = opened(model)
         result.facts["trainer's memory for them, MiB"] = round(
             (torch.cuda.memory_allocated() - start) / 2**20, 2
         )
@@ -113,11 +123,14 @@ def main() -> None:
     ap = argparse.ArgumentParser(description=__doc__)
     ap.add_argument("--shape", choices=shapes.SHAPES, default="8b")
     ap.add_argument("--rounds", type=int, default=10)
+    ap.add_argument("--own-segments", action="store_true", help="serve with WT_OWN_SEGMENTS=1")
     ap.add_argument("--out", type=Path, required=True)
     a = ap.parse_args()
     a.out.mkdir(parents=True, exist_ok=True)
     folder = shapes.folder(a.shape, Path(f"/tmp/wt-bench-bridge-{a.shape}"))
-    result = Result(f"bridge-gpu-{a.shape}")
+    if a.own_segments:
+        os.environ["WT_OWN_SEGMENTS"] = "1"
+    result = Result(f"bridge-gpu-{a.shape}{'-own' if a.own_segments else ''}")
     memory = {"tiny": 0.05, "8b": 0.17, "30b-a3b": 0.32}[a.shape]
     graphs = ("--no-enforce-eager",)
     with ExitStack() as stack:

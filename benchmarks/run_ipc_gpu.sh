@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
-#   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...      (sweep kernels 8b moe peer engine bridge bridge-8b)
+#   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...      (sweep kernels 8b moe peer engine bridge bridge-8b bridge-own)
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -31,6 +31,8 @@ for name in "$@"; do
     peer) step peer 170 "$rows" python3 -m benchmarks.peer_gpu --out "$out/b" ;;
     bridge) step bridge 400 "passed|failed|^E " $py tests/gpu/test_bridge.py ;;
     bridge-8b) step bridge-8b 400 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
+    bridge-own) step bridge-own 300 "$rows" \
+      python3 -m benchmarks.bridge_gpu --shape tiny --own-segments --out "$out/b" ;;
     engine) step engine 240 "passed|failed|version 1|^E " $py -s tests/gpu/test_engine.py ;;
   esac
 done

@@ -85,8 +85,8 @@ def train(bridge: VLLMWeightBridge, url: str, steps: int) -> list[rl.Step]:
 
 def places(bridge: VLLMWeightBridge) -> list[int]:
     """Addresses of the parameters, each of them in memory that the engine showed."""
-    shown = {t.untyped_storage().data_ptr() for t in bridge.shared_state_dict.values()}
     parameters = list(bridge.get_trainable_model().parameters())
+    shown = {t.untyped_storage().data_ptr() for t in bridge.shared_state_dict.values()}
     if not all(p.untyped_storage().data_ptr() in shown for p in parameters):
         raise rl.DemoFailed("a parameter of the trainer is not in the engine's memory")
     return [p.data_ptr() for p in parameters]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -40,6 +40,7 @@ __all__ = [
     "WeightTransferEngine",
     "check_version",
     "init_logger",
+    "keep_weights_apart",
     "swap_engine",
     "take_blueprints",
     "worker_classes",
@@ -121,6 +122,23 @@ def worker_classes() -> list[type[Worker]]:
     from vllm.v1.worker.cpu_worker import CPUWorker
 
     return [Worker, CPUWorker]
+
+
+def keep_weights_apart() -> None:
+    """Load weights into CUDA segments of their own, which nothing else is ever put into: a handle
+    opens a whole segment. Memory that loading frees stays with them."""
+
+    def make(original: Any) -> Any:
+        def memory_pool(self: Any, tag: str) -> AbstractContextManager[object]:
+            given: AbstractContextManager[object] = original(self, tag)
+            if tag != "weights" or self.device.type != "cuda" or type(given) is not nullcontext:
+                return given  # a pool of vLLM's own
+            self._wt_weights = torch.cuda.MemPool()
+            return torch.cuda.use_mem_pool(self._wt_weights)
+
+        return memory_pool
+
+    wrap(Worker, "_maybe_get_memory_pool_context", make)
 
 
 def engine_core_classes() -> list[type[EngineCore]]:

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from vllm_wt_plugin import errors
 from vllm_wt_plugin.errors import AccessDenied, RequestError
 from vllm_wt_plugin.server import access
-from vllm_wt_plugin.server.access import AccessMiddleware, AccessPolicy, check
+from vllm_wt_plugin.server.access import AccessMiddleware, AccessPolicy, check, require_same_host
 
 TOKEN, KEY = "tok-3f9a77", "sk-inference"
 LOOPBACK, REMOTE = ("127.0.0.1", 40000), ("203.0.113.9", 40000)
@@ -97,6 +97,26 @@ def trusting(hosts: str, **environ: str) -> AccessPolicy:
 )
 def test_only_loopback_peers_without_a_token(peer: str, status: int) -> None:
     assert verdict(LOCAL, scope((peer, 1))) == status
+
+
+@pytest.mark.parametrize(
+    ("request_", "admitted"),
+    [
+        (scope(("127.0.0.1", 1)), True),
+        (scope(("::ffff:127.0.0.1", 1)), True),
+        (scope(None), True),
+        (scope(("10.0.0.4", 1)), False),
+        (scope(("127.0.0.1", 1), {"x-forwarded-for": "127.0.0.1"}), False),
+        (scope(("localhost", 1)), False),
+    ],
+)
+def test_memory_is_shared_with_this_machine_only(request_: dict[str, Any], admitted: bool) -> None:
+    """Beside the token: whoever has one may push from elsewhere, not map the weights."""
+    if admitted:
+        require_same_host(request_)
+    else:
+        with pytest.raises(AccessDenied, match="one host"):
+            require_same_host(request_)
 
 
 def test_a_unix_socket_is_local_with_or_without_host() -> None:

@@ -179,6 +179,7 @@ class VLLMWeightBridge:
         `mode="overlap"` lets requests be answered while the weights are half new. An error inside
         leaves the engine DIRTY (it may be half written) until the next update or push. The engine
         waits `lease_s` at most. Raises what the server says; then it serves no mixed weights.
+        Without `use_cuda_ipc` whoever attached the memory tells the engine; this does not.
         """
         if mode not in ("pause", "overlap"):
             raise RequestError(f"mode={mode!r}", next_step='use "pause" or "overlap"')
@@ -213,12 +214,12 @@ class VLLMWeightBridge:
         if self._masters is not None:
             self._masters.write_back()
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            torch.cuda.synchronize(self.device)
 
     def notify_update(self, version: str | int | None = None) -> None:
         """The weights were written outside of `update`: name them, drop caches of the old ones."""
         if self.device.type == "cuda":
-            torch.cuda.current_stream(self.device).synchronize()
+            torch.cuda.synchronize(self.device)
         self._updates += 1
         body = NotifyBody(
             self._updates, self.config.trainer_rank, time.time(), self._attached,

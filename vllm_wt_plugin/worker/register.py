@@ -55,6 +55,8 @@ def _register() -> None:
         from vllm_wt_plugin.worker import cpu_inplace
 
         cpu_inplace.enable()
+    if os.environ.get("WT_OWN_SEGMENTS") == "1":
+        _vllm.keep_weights_apart()
     _vllm.take_blueprints()
     for cls in _vllm.worker_classes():
         cls.weight_sync = _weight_sync

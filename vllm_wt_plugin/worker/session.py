@@ -246,6 +246,7 @@ class WorkerSession:
         open_ = self._mine(verb.session, out)
         attached = self.exports.find(verb.attached)
         self._by(open_, "in place")
+        self._synchronize()  # the last step before the pause may still be reading
         open_.attached, open_.wrote = attached, True
 
     def _apply_part(self, open_: _Open, plan: LoadPlan, tensors: dict[str, torch.Tensor]) -> None:
