@@ -7,6 +7,7 @@
 A trainer imports this package without vLLM. In vLLM it is loaded by the entry points named `wt`.
 """
 
+from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 from vllm_wt_plugin.errors import (
     AccessDenied,
     EngineAsleep,
@@ -30,6 +31,7 @@ from vllm_wt_plugin.trainer.sync import WeightSync
 
 __all__ = [
     "AccessDenied",
+    "BridgeConfig",
     "EngineAsleep",
     "EngineDirty",
     "HandleError",
@@ -45,6 +47,7 @@ __all__ = [
     "UnknownRegistration",
     "UnsupportedVLLM",
     "UpdateInProgress",
+    "VLLMWeightBridge",
     "VersionMismatch",
     "WeightSync",
     "WeightSyncError",

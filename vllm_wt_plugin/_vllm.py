@@ -19,7 +19,9 @@ from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
 from vllm.logger import init_logger
 from vllm.model_executor.layers.attention import is_deferred_attention_layer
 from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
+from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader import utils as loader_utils
+from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
 from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 from vllm.platforms import current_platform
@@ -28,6 +30,7 @@ from vllm.v1.engine.core import DPEngineCoreProc, EngineCore
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_wt_plugin.errors import UnsupportedVLLM
+from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.plan.blueprint import Blueprint
 from vllm_wt_plugin.worker.plan.host import Hook
 
@@ -172,6 +175,21 @@ class VllmHost:
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object:
         with disable_mtp_completeness_check():
             return self.model.load_weights(weights)  # type: ignore[operator]
+
+    def checkpoint(self) -> tuple[ParamSpec, ...]:
+        """Reads the files, as vLLM did when it started."""
+        config = self.vllm_config.load_config
+        loader = get_model_loader(config)
+        if not isinstance(loader, DefaultModelLoader):
+            raise UnsupportedVLLM(
+                f"load format {config.load_format!r} has no checkpoint to read",
+                next_step="send the names, dtypes and shapes as `specs`",
+            )
+        weights = loader.get_all_weights(self.vllm_config.model_config, self.model)
+        return tuple(
+            ParamSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape))
+            for name, t in weights
+        )
 
     def hook(self, module: nn.Module) -> Hook | None:
         method = getattr(module, "quant_method", None)

@@ -20,7 +20,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.support import models
+from tests.support import fleet, models
 from tests.support.offline import ONE_THREAD, Offline, ask_server, differences
 from tests.support.server import Server
 from tests.support.trainer import ROOT, trainer
@@ -41,7 +41,7 @@ ENV = {"WT_CPU_INPLACE": "1"} | ONE_THREAD
 SEED = 21
 KINDS = [
     pytest.param("qwen3_moe"),
-    pytest.param("qwen3-tied"),
+    pytest.param("qwen3-tied", marks=pytest.mark.full),
     pytest.param("qwen3", marks=pytest.mark.full),
     pytest.param("llama", marks=pytest.mark.full),
 ]
@@ -154,7 +154,27 @@ def test_a_reader_of_the_documented_file_finds_every_tensor(live: Live) -> None:
         assert model is bridge.get_trainable_model()
 
 
-def opened(info: dict[str, Any]) -> torch.Tensor:
+def test_a_trainer_that_has_only_the_file(live: Live) -> None:
+    """It asks for the file with an empty request, writes on its own, and tells."""
+    before = ask_server(live.server)
+    response = live.server.http.post("/bridge/export_cuda_ipc", json={})
+    assert response.status_code == 200, response.text
+    data = json.loads((live.logs / "vllm_bridge_config.json").read_text())
+    info = next(i for n, i in data["ipc_handles"].items() if n.endswith("norm.weight"))
+    memory = opened(info, write=True)
+    with torch.no_grad():
+        memory.mul_(1.5)
+    body = {"update_count": 7, "trainer_rank": 0, "timestamp": time.time()}
+    assert live.server.http.post("/bridge/notify_update", json=body).status_code == 200
+    assert live.server.http.get("/bridge/status").json()["version"] == "7"
+    assert [a["logprobs"] for a in ask_server(live.server)] != [a["logprobs"] for a in before]
+    assert live.server.http.post("/bridge/detach", json={}).json()["attached"] == []
+    assert live.server.http.post("/bridge/notify_update", json=body).status_code == 409
+    with WeightSync(live.server.url) as sync:
+        sync.push(live.folder)
+
+
+def opened(info: dict[str, Any], *, write: bool = False) -> torch.Tensor:
     """One tensor, by the fields that the file documents."""
     assert info.keys() == {
         "device_index", "ipc_handle_b64", "storage_size", "storage_offset_orig",
@@ -162,7 +182,7 @@ def opened(info: dict[str, Any]) -> torch.Tensor:
         "event_sync_required", "dtype", "tensor_storage_offset", "shape", "stride",
     }  # fmt: skip
     name = base64.b64decode(info["ipc_handle_b64"]).decode()
-    memory = torch.UntypedStorage.from_file(f"/dev/shm{name}", False, info["storage_size"])
+    memory = torch.UntypedStorage.from_file(f"/dev/shm{name}", write, info["storage_size"])
     dtype = getattr(torch, info["dtype"].removeprefix("torch."))
     tensor = torch.empty(0, dtype=dtype)
     return tensor.set_(memory, info["tensor_storage_offset"], info["shape"], info["stride"])
@@ -343,7 +363,7 @@ def test_requests_that_cannot_be(large: Live) -> None:
         bridge.get_trainable_model()
         with pytest.raises(StateError, match="already"):
             bridge.attach_to_vllm_weights({})
-    for body in ({}, {"specs": [], "presence": {}}, {"what": 1}):
+    for body in ({"specs": []}, {"presence": {}}, {"what": 1}):
         assert large.server.http.post("/bridge/export_cuda_ipc", json=body).status_code == 400
     forwarded = large.server.http.post(
         "/bridge/export_cuda_ipc", json={}, headers={"X-Forwarded-For": "127.0.0.1"}
@@ -385,8 +405,7 @@ def test_packed_weights_are_refused_by_name(
     checkpoint: Callable[..., Path], serve: Callable[..., Server]
 ) -> None:
     """Without WT_CPU_INPLACE vLLM computes with packed copies: nothing to train in place."""
-    folder = checkpoint("qwen3", 1)
-    server = serve(folder)
+    server = fleet.plain(serve, checkpoint)
     config = BridgeConfig(device="cpu", vllm_api_url=server.url)  # the model's name: the server's
     with VLLMWeightBridge(config) as bridge:
         with pytest.raises(PlanError, match="computes with another form of it") as caught:

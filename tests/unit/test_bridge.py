@@ -13,7 +13,13 @@ import transformers as tf
 from torch import nn
 
 from tests.support import models
-from vllm_wt_plugin import PlanError, RequestError, ServerUnreachable, StateError
+from vllm_wt_plugin import (
+    PlanError,
+    RequestError,
+    ServerUnreachable,
+    StateError,
+    UnsupportedVLLM,
+)
 from vllm_wt_plugin.bridge import (
     BridgeConfig,
     VLLMWeightBridge,
@@ -197,6 +203,22 @@ def test_no_server_is_an_error() -> None:
     given = SimpleNamespace(model_name="m", device="cpu", vllm_port=1)
     with pytest.raises(ServerUnreachable):
         create_bridge_from_training_config(given)
+
+
+def test_engines_on_other_hosts_are_refused_with_what_to_do() -> None:
+    with VLLMWeightBridge(BridgeConfig(num_inference_nodes=1, device="cpu")) as bridge:
+        with pytest.raises(UnsupportedVLLM, match="this host only") as caught:
+            bridge.initialize()
+        assert "WeightSync" in caught.value.next_step
+
+
+def test_a_closed_bridge_is_closed() -> None:
+    bridge = VLLMWeightBridge(BridgeConfig(device="cpu", use_cuda_ipc=False))
+    bridge.barrier()
+    bridge.cleanup()
+    bridge.cleanup()
+    with pytest.raises(StateError, match="closed"):
+        bridge.initialize()
 
 
 def test_inference_urls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

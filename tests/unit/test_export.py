@@ -109,6 +109,16 @@ def test_specs_must_cover_the_model() -> None:
     assert worker.refused("PlanError", trainer.verb(extra))["where"].startswith("what.is.this")
 
 
+def test_without_specs_the_served_checkpoint_is_shown_and_nobody_need_hold_on() -> None:
+    worker = Worker(toys.Fused)
+    reply = worker.ok(msg.Export(A, None, "a reader of the file", None))
+    exported = msgspec.convert(reply.info["exported"], Exported)
+    assert exported.mappings.keys() == toys.checkpoint(worker.kind(), 1).keys()
+    assert attached(worker) == {A: "a reader of the file"}
+    worker.ok(msg.Detach(""))
+    assert attached(worker) == {}
+
+
 def test_several_workers_are_refused() -> None:
     worker = Worker(toys.Fused)
     worker.session.exports.world_size = 2

@@ -26,7 +26,7 @@ MAX_LINES = 400
 MAY_IMPORT = {
     "errors.py": set(),
     "__init__.py": {".errors", ".trainer", ".bridge"},
-    "_vllm.py": {".errors", ".worker.plan", "torch", "vllm"},
+    "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
     "transport/*": {".errors", ".wire", ".transport", "torch"},
     "trainer/*": {".errors", ".wire", ".transport", ".trainer", "torch", "httpx", "msgspec"},

@@ -1134,6 +1134,9 @@ class ToyHost:
             raise self.fail_load
         return self.toy.load_weights(weights)
 
+    def checkpoint(self) -> tuple[ParamSpec, ...]:
+        return specs_of(checkpoint(self.toy, 1))
+
     def hook(self, module: nn.Module) -> Hook | None:
         method = getattr(module, "quant_method", None)
         if not isinstance(method, Plain):

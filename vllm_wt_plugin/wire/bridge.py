@@ -19,11 +19,14 @@ class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class ExportBody(_Data, frozen=True):
-    """`POST /bridge/export_cuda_ipc`: every checkpoint tensor the trainer will train, and a
-    segment whose lock it holds for as long as it is attached."""
+    """`POST /bridge/export_cuda_ipc`: every checkpoint tensor the trainer will train (default:
+    what the served checkpoint holds), and a segment whose lock it holds for as long as it is
+    attached (default: until it is detached)."""
 
-    specs: Annotated[tuple[ParamSpec, ...], msgspec.Meta(min_length=1, max_length=2**20)]
-    presence: ShmStorage
+    specs: Annotated[tuple[ParamSpec, ...], msgspec.Meta(min_length=1, max_length=2**20)] | None = (
+        None
+    )
+    presence: ShmStorage | None = None
     owner: Text = ""
 
 

@@ -182,15 +182,16 @@ class Bucket(_Verb, frozen=True, tag="bucket"):
 
 
 class Export(_Verb, frozen=True, tag="export"):
-    """Show a trainer on this host where these checkpoint tensors live, to be written in place.
+    """Show a trainer on this host where these checkpoint tensors (default: those of the served
+    checkpoint) live, to be written in place.
 
     `presence`: a segment the trainer holds for as long as it is attached.
     """
 
     attached: Hex32
-    specs: tuple[ParamSpec, ...]
+    specs: tuple[ParamSpec, ...] | None
     owner: str
-    presence: ShmStorage
+    presence: ShmStorage | None
 
 
 class Detach(_Verb, frozen=True, tag="detach"):

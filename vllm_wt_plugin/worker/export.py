@@ -42,11 +42,15 @@ class _Place:
 
 @dataclass(frozen=True)
 class Attached:
-    """A trainer that maps the weights, for as long as it holds its segment."""
+    """A trainer that maps the weights, while it holds `presence` (None: until it is detached)."""
 
     owner: str
-    presence: ShmStorage
+    presence: ShmStorage | None
     plan: LoadPlan
+
+    @property
+    def lives(self) -> bool:
+        return self.presence is None or shm.owned(self.presence)
 
 
 @dataclass
@@ -60,7 +64,7 @@ class Exports:
 
     def attached(self) -> dict[str, str]:
         """{id: owner} of the trainers that live."""
-        living = {k: a for k, a in self._attached.items() if shm.owned(a.presence)}
+        living = {k: a for k, a in self._attached.items() if a.lives}
         self._attached = living
         return {key: a.owner for key, a in living.items()}
 
@@ -91,9 +95,11 @@ class Exports:
                 where="tensor_parallel_size, pipeline_parallel_size, data_parallel_size",
                 next_step="serve with one GPU, or push with WeightSync",
             )
-        check_specs(verb.specs)
-        plan = self.known.plan(verb.specs, complete=True)
-        places = _places(plan)
+        specs = self.known.host.checkpoint() if verb.specs is None else verb.specs
+        check_specs(specs)
+        plan = self.known.plan(specs, complete=True)
+        skipped = plan.report.ignored if verb.specs is None else {}
+        places = _places(plan, [n for n in plan.specs if n not in skipped])
         if self._exporter is None:
             self._exporter = LiveExporter()
         targets = dict.fromkeys(p.target for p in places.values())
@@ -117,12 +123,12 @@ class Exports:
         update.finish()
 
 
-def _places(plan: LoadPlan) -> dict[str, _Place]:
+def _places(plan: LoadPlan, names: list[str]) -> dict[str, _Place]:
     found: dict[str, _Place] = {}
     wrong: dict[str, str] = {}
     for a, b in plan.must_equal:
         wrong[a.name] = f"it shares its memory with {b.name}: tie the two in the trainer's model"
-    for name in plan.specs:
+    for name in names:
         try:
             found[name] = _place(plan, name)
         except NoView as exc:

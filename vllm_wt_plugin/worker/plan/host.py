@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from vllm_wt_plugin.errors import PlanError
+from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.plan.blueprint import Blueprint, TensorForm
 from vllm_wt_plugin.worker.plan.segment import Target
 
@@ -27,6 +28,9 @@ class Host(Protocol):
 
     def load(self, weights: Iterable[tuple[str, torch.Tensor]]) -> object:
         """The model's own loader."""
+
+    def checkpoint(self) -> tuple[ParamSpec, ...]:
+        """What the checkpoint holds that the model was started from."""
 
     def hook(self, module: nn.Module) -> Hook | None:
         """The processing of one layer after loading, if it has any."""
