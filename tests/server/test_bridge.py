@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,26 @@ def memory(pid: int, field: str) -> int:
     """Bytes of one line of /proc/PID/status."""
     status = Path(f"/proc/{pid}/status").read_text()
     return int(next(r.split()[1] for r in status.splitlines() if r.startswith(field))) * 1024
+
+
+def test_requests_go_on_through_updates(large: Live) -> None:
+    """Kept while weights are written, finished after; with and without the pause."""
+    with large.bridge() as bridge, ThreadPoolExecutor(3) as pool:
+        norm = bridge.get_trainable_model().get_parameter("model.norm.weight")
+        options = {"max_tokens": 150, "ignore_eos": True}
+        running = [pool.submit(large.server.complete, [5, i], **options) for i in range(3)]
+        updates = 0
+        while not all(r.done() for r in running):
+            mode = "overlap" if updates % 3 == 2 else "pause"
+            with bridge.update(version=updates, mode=mode), torch.no_grad():
+                norm.mul_(1.001)
+            updates += 1
+        assert updates > 1
+        for request in running:
+            answer = request.result()
+            assert answer.status_code == 200, answer.text
+            assert answer.json()["usage"]["completion_tokens"] == 150
+        assert bridge.status()["version"] == str(updates - 1)
 
 
 def test_a_step_that_fails_leaves_the_engine_dirty_and_the_next_heals_it(large: Live) -> None:

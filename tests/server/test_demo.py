@@ -13,16 +13,16 @@ from pathlib import Path
 
 import pytest
 
-DEMO = Path(__file__).parents[2] / "examples" / "rl_loop.py"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 pytestmark = pytest.mark.server
 
 
 @contextmanager
-def started(out: Path) -> Iterator[subprocess.Popen[str]]:
+def started(out: Path, name: str = "rl_loop.py") -> Iterator[subprocess.Popen[str]]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WT_", "VLLM_"))}
     demo = subprocess.Popen(
-        [sys.executable, str(DEMO), "--out", str(out)],
+        [sys.executable, str(EXAMPLES / name), "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
     )  # fmt: skip
     with demo:
@@ -52,6 +52,16 @@ def test_demo_learns_and_serves_what_it_pushed(tmp_path: Path) -> None:
     assert last_row.split()[0] == "end"
     assert verdict.startswith("ok: ")
     assert (tmp_path / "rl_loop.png").read_bytes().startswith(b"\x89PNG")
+    assert living_in(tmp_path) == []
+
+
+@pytest.mark.full
+def test_the_same_on_one_copy_of_the_weights(tmp_path: Path) -> None:
+    with started(tmp_path, "one_copy_training.py") as demo:
+        text, _ = demo.communicate(timeout=400)
+    assert demo.returncode == 0, text
+    assert text.splitlines()[-1].startswith("ok: 25 of 25 parameters are vLLM's own memory")
+    assert (tmp_path / "vllm_bridge_config.json").stat().st_mode & 0o777 == 0o600
     assert living_in(tmp_path) == []
 
 
