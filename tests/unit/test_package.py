@@ -28,8 +28,12 @@ MAY_IMPORT = {
     "__init__.py": {".errors", ".trainer", ".bridge"},
     "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
+    "sparse/kernels.py": {".sparse", "torch", "triton"},
+    "sparse/*": {".errors", ".wire", ".sparse", "torch"},
     "transport/*": {".errors", ".wire", ".transport", "torch"},
-    "trainer/*": {".errors", ".wire", ".transport", ".trainer", "torch", "httpx", "msgspec"},
+    "trainer/*": {
+        ".errors", ".wire", ".sparse", ".transport", ".trainer", "torch", "httpx", "msgspec",
+    },
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},
     "bridge/*": {".errors", ".wire", ".transport", ".trainer", ".bridge", "torch", "msgspec"},
     "server/*": {".errors", ".wire", ".server", "._vllm", "msgspec", "fastapi", "starlette"},
@@ -37,6 +41,7 @@ MAY_IMPORT = {
     "worker/plan/*": {".errors", ".wire", ".worker.plan", "torch"},
     "worker/known.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/session.py": {".errors", ".wire", ".transport", ".worker", "torch", "msgspec"},
+    "worker/patches.py": {".errors", ".wire", ".sparse", ".transport", ".worker", "torch"},
     "worker/export.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/packed.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/*": {
