@@ -41,6 +41,7 @@ MAY_IMPORT = {
     "worker/plan/*": {".errors", ".wire", ".worker.plan", "torch"},
     "worker/known.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/session.py": {".errors", ".wire", ".transport", ".worker", "torch", "msgspec"},
+    "worker/places.py": {".errors", ".wire", ".sparse", ".worker", "torch", "msgspec"},
     "worker/patches.py": {".errors", ".wire", ".sparse", ".transport", ".worker", "torch"},
     "worker/export.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/packed.py": {".errors", ".wire", ".transport", ".worker", "torch"},

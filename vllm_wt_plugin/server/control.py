@@ -18,6 +18,7 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.patches import PatchPush
 
 logger = logging.getLogger("vllm.wt.server")
 
@@ -39,20 +40,20 @@ class EngineControl:
         async with self._turn:
             return await self._drive(steps)
 
-    async def push(self, request: msg.PushRequest) -> exchange.Outcome:
+    async def push(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         """A whole update: in one call of the engine core if that is idle, else step by step."""
         return await asyncio.shield(self._spawn(self._push(request)))
 
-    async def _push(self, request: msg.PushRequest) -> exchange.Outcome:
+    async def _push(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         async with self._turn:
             return await self._push_now(request)
 
-    async def _push_now(self, request: msg.PushRequest) -> exchange.Outcome:
+    async def _push_now(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         core = self.engine.engine_core
         if len(core.core_engines) > 1:  # engines must agree before any of them commits
             return await self._drive(exchange.push(request))
-        payload = msgspec.msgpack.encode(request)
-        rows = await core.call_utility_all_async("weight_push", payload)
+        payload, kind = msgspec.msgpack.encode(request), request.update_kind
+        rows = await core.call_utility_all_async("weight_push", payload, kind)
         reply = msgspec.convert(rows[0], exchange.PushReply)
         if reply.busy:
             return await self._drive(exchange.push(request))

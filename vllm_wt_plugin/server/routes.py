@@ -24,12 +24,15 @@ from vllm_wt_plugin.server import bridge
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.patches import PatchPush
 
 logger = logging.getLogger("vllm.wt.server")
 Handler = Callable[[Request, EngineControl], Awaitable[dict[str, Any]]]
 
 PAUSE_MODES = ("abort", "wait", "keep")
 _push = msgspec.json.Decoder(msg.PushRequest)
+_patches = msgspec.json.Decoder(PatchPush)
+_names = msgspec.json.Decoder(msg.NamesBody)
 _init = msgspec.json.Decoder(msg.InitBody)
 _start = msgspec.json.Decoder(msg.StartBody)
 _update = msgspec.json.Decoder(msg.UpdateBody)
@@ -44,6 +47,21 @@ async def push_weights(request: Request, control: EngineControl) -> dict[str, An
     if body.register is not None:
         body.register.check()
     return _told(await control.push(body))
+
+
+async def push_patches(request: Request, control: EngineControl) -> dict[str, Any]:
+    """The same for a sparse update: what changed since `base_version`."""
+    body = msg.decode(_patches, await request.body())
+    body.check()
+    return _told(await control.push(body))
+
+
+async def weight_checksums(request: Request, control: EngineControl) -> dict[str, Any]:
+    """Checksums of what each rank holds, by name and part; reads every weight."""
+    body = msg.decode(_names, await request.body() or b"{}")
+    replies = await control.call(msg.Sums(body.names))
+    exchange.agree(replies)
+    return {"version": replies[0].state.version, "ranks": [r.info["sums"] for r in replies]}
 
 
 async def start_weight_update(request: Request, control: EngineControl) -> dict[str, Any]:
@@ -171,6 +189,8 @@ def _told(outcome: exchange.Outcome) -> dict[str, Any]:
 
 ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/push_weights"): push_weights,
+    ("POST", "/push_patches"): push_patches,
+    ("POST", "/weight_checksums"): weight_checksums,
     ("POST", "/init_weight_transfer_engine"): init_weight_transfer_engine,
     ("POST", "/start_weight_update"): start_weight_update,
     ("POST", "/start_draft_weight_update"): start_draft_weight_update,

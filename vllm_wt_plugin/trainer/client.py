@@ -18,6 +18,7 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.exchange import Outcome
+from vllm_wt_plugin.wire.patches import Part, PatchPush
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +28,9 @@ class Client(Protocol):
 
     name: str
 
-    def push(self, request: msg.PushRequest) -> Outcome: ...
+    def push(self, request: msg.PushRequest | PatchPush) -> Outcome: ...
+
+    def checksums(self) -> list[dict[str, list[Part]]]: ...
 
     def status(self) -> dict[str, Any]: ...
 
@@ -55,8 +58,14 @@ class HTTPClient:
             trust_env=False,  # a proxy for the outside world has no business between these two
         )
 
-    def push(self, request: msg.PushRequest) -> Outcome:
-        return msgspec.convert(self._call("POST", "/push_weights", request), Outcome)
+    def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
+        path = "/push_patches" if isinstance(request, PatchPush) else "/push_weights"
+        return msgspec.convert(self._call("POST", path, request), Outcome)
+
+    def checksums(self) -> list[dict[str, list[Part]]]:
+        """What each rank's weights add up to, by name and part (`wire/patches.py`)."""
+        ranks = self.post("/weight_checksums", {})["ranks"]
+        return msgspec.convert(ranks, list[dict[str, list[Part]]])
 
     def status(self) -> dict[str, Any]:
         return self._call("GET", "/weight_transfer_status")
@@ -149,16 +158,23 @@ class LLMClient:
                 next_step="use `vllm serve --data-parallel-size`, and its URL",
             )
 
-    def push(self, request: msg.PushRequest) -> Outcome:
-        if request.register is not None:
+    def checksums(self) -> list[dict[str, list[Part]]]:
+        replies = self._call(msg.Sums())
+        exchange.agree(replies)
+        return msgspec.convert([r.info["sums"] for r in replies], list[dict[str, list[Part]]])
+
+    def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
+        if isinstance(request, PatchPush):
+            request.check()
+        elif request.register is not None:
             request.register.check()
         core = self._llm.llm_engine.engine_core
         payload = msgspec.msgpack.encode(request)
         # The core in this process, or vLLM's client of the core in another.
         row = (
-            core.engine_core.weight_push(payload)
+            core.engine_core.weight_push(payload, request.update_kind)
             if hasattr(core, "engine_core")
-            else core.call_utility("weight_push", payload)
+            else core.call_utility("weight_push", payload, request.update_kind)
         )
         reply = msgspec.convert(row, exchange.PushReply)
         if reply.busy:

@@ -19,6 +19,19 @@ class ReplicaOutcome:
     error: WeightSyncError | None = None
 
 
+@dataclass(frozen=True)
+class VerifyReport:
+    """What `WeightSync.verify` found, by replica: tensors that differ from the trainer's, and those
+    that vLLM keeps in another form, which no checksum reaches."""
+
+    differ: dict[str, list[str]]
+    unseen: dict[str, list[str]]
+
+    @property
+    def ok(self) -> bool:
+        return not any(self.differ.values())
+
+
 @dataclass(frozen=True, kw_only=True)
 class PushReport:
     """One push to all replicas. `seconds`: `export`, `stage`, `request`, and `total`."""
@@ -28,6 +41,7 @@ class PushReport:
     bytes: int
     seconds: dict[str, float]
     replicas: tuple[ReplicaOutcome, ...]
+    changed: float | None = None  # the share of elements that a sparse push found changed
 
     @property
     def ok(self) -> bool:
@@ -40,6 +54,8 @@ class PushReport:
             f"version {self.version}: {self.tensors} tensors, {_size(self.bytes)} "
             f"in {total * 1e3:.1f} ms to {good} of {len(self.replicas)} replicas"
         )
+        if self.changed is not None:
+            line += f"; {self.changed:.3%} of the elements changed"
         phases = dict(self.seconds)
         for r in self.replicas[:1]:
             phases |= r.seconds

@@ -21,13 +21,18 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.trainer.client import Client, HTTPClient, LLMClient, client_for
 from vllm_wt_plugin.trainer.packed import PackedSender
-from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome
+from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
 from vllm_wt_plugin.trainer.source import Source, as_source, device_of, fingerprint, gathers
+from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
+from vllm_wt_plugin.trainer.verify import verify
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
+from vllm_wt_plugin.wire.params import ParamSpec
+
+Specs = tuple[ParamSpec, ...]
 
 
 @dataclass(frozen=True)
@@ -44,6 +49,7 @@ class WeightSync:
     `target`: a server's URL, a list of URLs, or a `vllm.LLM`. `token` defaults to `WT_TOKEN`.
     `packed` sends through two buffers of `buffer_bytes` instead of the tensors' own memory: for
     sources that gather (default: only those) or whose memory CUDA cannot share. URLs only.
+    `snapshot`: where the copy for sparse pushes is kept, "device" (the tensors' own) or "host".
     Call `push` from one thread; the tensors must not change until it returns. `close()` (or
     leaving a `with`) releases shared memory and the replicas' mappings of it.
     """
@@ -57,6 +63,7 @@ class WeightSync:
         owner: str | None = None,
         packed: bool | None = None,
         buffer_bytes: int = 1 << 30,
+        snapshot: Where = "device",
     ) -> None:
         targets = list(target) if isinstance(target, (list, tuple)) else [target]
         if not targets:
@@ -75,14 +82,23 @@ class WeightSync:
         self._plans: dict[str, PlanReport] = {}
         self._source: tuple[object, Source] | None = None
         self._last: _Export | None = None
+        self._tracker = Tracker(
+            MemoryExporter if in_process else Exporter, self._plans, self._owner, snapshot
+        )
         self._pushes = 0
         self._closed = False
 
-    def push(self, source: Any, version: str | int | None = None) -> PushReport:
+    def push(
+        self, source: Any, version: str | int | None = None, *, mode: Mode = "dense"
+    ) -> PushReport:
         """Make `source` the served weights of every replica, as `version` (default: a counter).
 
         `source`: `nn.Module`, mapping, iterable of (name, tensor), checkpoint folder, or a
-        `Source`. Blocking. Raises what the first failing replica says, with the report of all
+        `Source`. `mode`: "dense" sends everything. "auto" keeps a copy of what was pushed last
+        (`snapshot` says where) and sends what differs from it wherever that is cheaper by the
+        times measured so far; "sparse" does so whatever it costs. A replica that does not hold
+        the last push gets everything in any mode; the served bits are the same in all.
+        Blocking. Raises what the first failing replica says, with the report of all
         as `exc.report`; a replica that refuses keeps serving its old weights.
         """
         if self._closed:
@@ -91,8 +107,50 @@ class WeightSync:
         version = str(self._pushes if version is None else version)
         start = time.perf_counter()
         source = self._as_source(source)
-        if self._packed or (self._packed is None and gathers(source)):
-            return self._push_packed(source, version, start)
+        sent = self._tracker.push(source, version, mode, self._clients) if mode != "dense" else None
+        left = [c for c in self._clients if sent is None or c.name not in sent.outcomes]
+        outcomes = {} if sent is None else dict(sent.outcomes)
+        seconds = {} if sent is None else dict(sent.seconds)
+        specs = source.specs()
+        nbytes = 0 if sent is None else sent.nbytes
+        if left:
+            packed = self._packed or (self._packed is None and gathers(source))
+            way = self._push_packed if packed else self._push_direct
+            dense, phases = way(source, specs, version, left)
+            outcomes |= {o.name: o for o in dense}
+            seconds |= phases
+            nbytes = sum(s.nbytes for s in specs)
+        done = [outcomes[c.name] for c in self._clients]
+        if mode == "dense":
+            self._tracker.missed()
+        else:
+            self._tracker.settle(source, version, done, time.perf_counter() - start, bool(left))
+        seconds["total"] = time.perf_counter() - start
+        return _checked(
+            PushReport(
+                version=version,
+                tensors=len(specs),
+                bytes=nbytes,
+                seconds=seconds,
+                replicas=tuple(done),
+                changed=None if sent is None else sent.changed,
+            )
+        )
+
+    def verify(self, source: Any = None) -> VerifyReport:
+        """Read every weight of every replica and compare checksums with `source`'s (default: the
+        one pushed last). Blocking; names what differs, and what cannot be compared."""
+        if source is None and self._source is None:
+            raise RequestError("nothing was pushed yet", next_step="push, or give a source")
+        given = self._as_source(source if source is not None else self._source[0])  # type: ignore[index]
+        plans = {c.name: self._plans.get(c.name) for c in self._clients}
+        return verify({c.name: c.checksums() for c in self._clients}, plans, given)
+
+    def _push_direct(
+        self, source: Source, specs: Specs, version: str, clients: list[Client]
+    ) -> tuple[list[ReplicaOutcome], dict[str, float]]:
+        """The tensors' own memory, read by the workers."""
+        start = time.perf_counter()
         export = self._export(source)
         registration = export.registration
         exported = time.perf_counter()
@@ -102,50 +160,33 @@ class WeightSync:
         def one(c: Client) -> ReplicaOutcome:
             return self._push_one(c, registration, version)
 
-        several = len(self._clients) > 1
-        outcomes = tuple((self._pool.map if several else map)(one, self._clients))
-        if all(o.error is None for o in outcomes):
+        several = len(clients) > 1
+        outcomes = list((self._pool.map if several else map)(one, clients))
+        if len(clients) == len(self._clients) and all(o.error is None for o in outcomes):
             self._exporter.retire()  # nobody reads an earlier registration any more
         if any(isinstance(o.error, HandleError) for o in outcomes):
             self._last = None  # the shared memory is gone: the next push shares it anew
             self._exporter.forget()
         now = time.perf_counter()
-        seconds = {
+        return outcomes, {
             "export": exported - start,
             "stage": staged - exported,
             "request": now - staged,
-            "total": now - start,
         }
-        return _checked(
-            PushReport(
-                version=version,
-                tensors=len(registration.tensors),
-                bytes=export.nbytes,
-                seconds=seconds,
-                replicas=outcomes,
-            )
-        )
 
-    def _push_packed(self, source: Source, version: str, start: float) -> PushReport:
+    def _push_packed(
+        self, source: Source, specs: Specs, version: str, clients: list[Client]
+    ) -> tuple[list[ReplicaOutcome], dict[str, float]]:
         """To one replica after another: a source that gathers is iterated once for each."""
-        specs = source.specs()
         if self._sender is None or self._sender.specs != specs:
             if self._sender is not None:
                 self._sender.close()
             self._sender = PackedSender(specs, self._buffer_bytes, device_of(source))
-        outcomes = [self._packed_one(c, self._sender, source, version) for c in self._clients]
+        outcomes = [self._packed_one(c, self._sender, source, version) for c in clients]
         if any(isinstance(o.error, HandleError) for o in outcomes):
             self._sender.close()  # the shared memory is gone: the next push makes it anew
             self._sender = None
-        return _checked(
-            PushReport(
-                version=version,
-                tensors=len(specs),
-                bytes=sum(s.nbytes for s in specs),
-                seconds={"total": time.perf_counter() - start},
-                replicas=tuple(outcomes),
-            )
-        )
+        return outcomes, {}
 
     def _packed_one(
         self, c: Client, sender: PackedSender, source: Source, version: str
@@ -185,6 +226,7 @@ class WeightSync:
         if self._sender is not None:
             self._sender.close()
         self._exporter.close()
+        self._tracker.close()
 
     def __enter__(self) -> Self:
         return self

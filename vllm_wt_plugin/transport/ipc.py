@@ -192,6 +192,10 @@ class Importer:
         for mapped in self._get(registration_id).mapped:
             mapped.check()
 
+    def wait_by_id(self, registration_id: str, seconds: float = WAIT_S) -> None:
+        """As `wait`."""
+        self.wait(self._get(registration_id).registration, seconds)
+
     def wait(self, registration: Registration, seconds: float = WAIT_S) -> None:
         """Block until the trainer's GPUs have done what came before its last `refresh`.
 

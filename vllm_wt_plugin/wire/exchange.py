@@ -19,6 +19,7 @@ from vllm_wt_plugin.errors import PlanError, TransferError, WeightSyncError, fro
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import PatchPush, wrong_sums
 
 
 @dataclass(frozen=True)
@@ -120,20 +121,18 @@ def must_reset(*done: bool) -> None:
         )
 
 
-def push(request: msg.PushRequest, lease_s: float = msg.LEASE_S) -> Steps:
+def push(request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S) -> Steps:
     """One whole update."""
     session = secrets.token_hex(16)
     was_paused = bool((yield IsPaused()))
-    specs = request.register.specs if request.register is not None else ()
+    specs = () if isinstance(request, PatchPush) or not request.register else request.register.specs
     done: list[Reply] = []
     try:
-        ready = yield Call(
-            (
-                msg.Begin(session, request.owner, lease_s, not was_paused),
-                msg.Prepare(session, request.registration, request.register, True),
-            )
-        )
+        begin = msg.Begin(session, request.owner, lease_s, not was_paused)
+        ready = yield Call((begin, _prepare(session, request)))
         report = agree(ready, specs)
+        if isinstance(request, PatchPush):
+            check_patches(request, ready)
         if not was_paused:
             yield Pause()
         done = yield Call((msg.Apply(session), msg.Commit(session, request.version)))
@@ -142,6 +141,23 @@ def push(request: msg.PushRequest, lease_s: float = msg.LEASE_S) -> Steps:
         yield from _undo(session, exc, done, resume=not was_paused)
         raise
     return (yield from _publish([*ready, *done], done, report))
+
+
+def _prepare(session: str, request: msg.PushRequest | PatchPush) -> msg.Verb:
+    if isinstance(request, PatchPush):
+        return msg.PreparePatches(session, request)
+    return msg.Prepare(session, request.registration, request.register, True)
+
+
+def check_patches(push: PatchPush, ready: list[Reply]) -> None:
+    """Raise unless the parts of all ranks add up to what the trainer says its patches change."""
+    ranks = [r.info["sums"] for r in ready]
+    if wrong := sorted(set(wrong_sums(push, ranks))):
+        raise TransferError(
+            f"the checksum of {len(wrong)} tensors is not the trainer's: {', '.join(wrong[:20])}",
+            where=wrong[0],
+            next_step="nothing was written; push dense",
+        )
 
 
 def start(body: msg.StartBody) -> Steps:
@@ -250,6 +266,7 @@ def _undo(
 ) -> Generator[Action, Any, list[Reply]]:
     replies: list[Reply] = yield Call((msg.Abort(session, str(exc)),))
     torn = any(r.error is None for r in done) and any(r.error for r in done)
+    torn = torn and not all(r.info.get("undone") for r in replies)  # patches are taken back
     dirty = [r.state.reason for r in replies if r.state.phase == "DIRTY"]
     if torn or (dirty and len(dirty) < len(replies)):
         why = dirty[0] if dirty else f"only some ranks took the update: {exc}"

@@ -8,15 +8,14 @@ import msgspec
 
 from vllm_wt_plugin.errors import EngineDirty, RequestError, UpdateInProgress
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage, Storage, TensorRef
-from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size
+from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size, Text, Version
+from vllm_wt_plugin.wire.patches import PatchPush
 
 T = TypeVar("T")
 PROTOCOL = 1
 LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
 
-Version = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
-Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Session = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]  # "": the open one
 
 
@@ -34,6 +33,7 @@ class PushRequest(_Data, frozen=True):
     register: Registration | None = None
     version: Version | None = None
     owner: Text = ""  # who pushes, for the refusals other trainers get
+    update_kind: Literal["dense"] = "dense"
 
 
 class IpcInit(_Data, frozen=True):
@@ -131,6 +131,10 @@ class AbortBody(_Data, frozen=True):
     session: Session = ""
 
 
+class NamesBody(_Data, frozen=True):
+    names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []  # empty: all
+
+
 class VersionBody(_Data, frozen=True):
     new_version: Version
 
@@ -164,6 +168,19 @@ class Prepare(_Verb, frozen=True, tag="prepare"):
     registration: Hex32
     register: Registration | None
     complete: bool  # every parameter of the model must be covered by this one
+
+
+class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):
+    """Check everything about a push of patches, read what it will replace, write nothing."""
+
+    session: Session
+    push: PatchPush
+
+
+class Sums(_Verb, frozen=True, tag="sums"):
+    """Checksums of everything this rank holds of a registration's names; reads only."""
+
+    names: list[str] = []  # empty: all
 
 
 class Announce(_Verb, frozen=True, tag="announce"):
@@ -235,8 +252,8 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 
 Verb = (
-    Status | Init | Begin | Prepare | Announce | Bucket | Apply | Commit | Abort | MarkDirty
-    | SetVersion | Shutdown | Export | Detach | Touch
+    Status | Init | Begin | Prepare | PreparePatches | Sums | Announce | Bucket | Apply | Commit
+    | Abort | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])
@@ -300,6 +317,9 @@ class PlanReport(_Data, frozen=True):
     nowhere: list[str] = []
     derived: list[str] = []  # live tensors that processing made
     consumed: dict[str, int] = {}  # elements of each name this rank takes, where not all
+    stored: dict[str, str] = {}  # name → the dtype the engine holds, where it is another
+    shadowed: bool = False  # the engine keeps host copies: `whole` takes patches after all
+    whole: dict[str, str] = {}  # name that takes no patches → those of one value go together
 
 
 class Reply(_Data, frozen=True):

@@ -32,6 +32,8 @@ ITEMSIZE = {
     "float64": 8,
 }
 
+Version = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
+Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ELEMENTS)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]

@@ -15,20 +15,24 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.patches import PatchPush
 
-_requests = msgspec.msgpack.Decoder(msg.PushRequest)
+_DECODERS: dict[str, msgspec.msgpack.Decoder[msg.PushRequest | PatchPush]] = {
+    "dense": msgspec.msgpack.Decoder(msg.PushRequest),
+    "sparse_flat": msgspec.msgpack.Decoder(PatchPush),
+}
 
 
-def weight_push(core: Any, payload: object) -> dict[str, Any]:
+def weight_push(core: Any, payload: object, kind: str) -> dict[str, Any]:
     """A method of `EngineCore`: `exchange.PushReply` as data. Raises nothing of ours.
 
     `busy` when requests are under way, or caches outside the core hold old results: the caller
     then takes the steps one by one, with a pause.
     """
     try:
-        if not isinstance(payload, bytes):
+        if not isinstance(payload, bytes) or kind not in _DECODERS:
             raise RequestError("weight pushes are internal", next_step="POST /push_weights")
-        request = msg.decode(_requests, payload)
+        request = msg.decode(_DECODERS[kind], payload)
         if _busy(core):
             reply = exchange.PushReply(busy=True)
         else:

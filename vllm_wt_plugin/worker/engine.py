@@ -44,6 +44,7 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             log=logger.error,
             after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
             synchronize=self._synchronize,
+            shadow=_shadow(vllm_config),
         )
 
     def _synchronize(self) -> None:
@@ -75,6 +76,9 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             return self.session.refuse(exc)
         return self._run(verb, msg.Apply(self._session_id))
 
+    def receive_sparse_weights(self, update_info: Any, apply_patches: Any) -> None:
+        """vLLM's form of a sparse update: `apply_patches(model)` TODO."""
+
     def receive_weights(self, update_info: Any) -> None:
         self.update_weights(update_info)
 
@@ -83,3 +87,15 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
 
     def shutdown(self) -> dict[str, Any]:
         return self._run(msg.Abort("", "shutdown"), msg.Shutdown())
+
+
+def _shadow(vllm_config: Any) -> bool:
+    """`--additional-config '{"wt": {"shadow": "cpu"}}'`: keep host copies of what is computed from,
+    so that it takes patches."""
+    settings = dict(getattr(vllm_config, "additional_config", None) or {}).get("wt") or {}
+    value = settings.get("shadow")
+    if value not in (None, "cpu"):
+        raise RequestError(
+            f"additional_config wt.shadow is {value!r}", next_step='use "cpu", or leave it out'
+        )
+    return value == "cpu"

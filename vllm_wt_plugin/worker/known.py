@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
-from vllm_wt_plugin.errors import HandleError, UnknownRegistration
+from vllm_wt_plugin.errors import HandleError, NoUpdate, UnknownRegistration
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
+from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.worker.packed import Announced
+from vllm_wt_plugin.worker.places import Places, describe_patching
 from vllm_wt_plugin.worker.plan.build import build
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Replay
 
+BUFFERS = 2  # of patches: a trainer uses one, and one more while it grows
 KEEP = 4  # of each, the last used; a trainer uses one
 Timed = Callable[[str], AbstractContextManager[None]]
 
@@ -37,13 +40,19 @@ class Registered:
 class Known:
     """Finds what a trainer names by an id, or makes it from what the trainer sends along."""
 
-    def __init__(self, host: Callable[[], Host], importer: Importer) -> None:
+    def __init__(
+        self, host: Callable[[], Host], importer: Importer, *, keeps_shadow: bool = False
+    ) -> None:
         self.importer = importer
         self._make_host = host
         self._host: Host | None = None
         self._registered: OrderedDict[str, Registered] = OrderedDict()
         self._announced: OrderedDict[str, Announced] = OrderedDict()
         self._plans: OrderedDict[tuple[tuple[ParamSpec, ...], bool], LoadPlan] = OrderedDict()
+        self.keeps_shadow = keeps_shadow
+        self.shadow: dict[str, torch.Tensor] = {}
+        self._last_places: Places | None = None
+        self._buffers: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @property
     def host(self) -> Host:
@@ -60,10 +69,39 @@ class Known:
         key = specs, complete
         if key not in self._plans:
             self._plans[key] = build(self.host, specs, complete=complete)
+            describe_patching(self._plans[key], self.keeps_shadow)
             if len(self._plans) > KEEP:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
+
+    def places(self, specs: tuple[ParamSpec, ...]) -> tuple[Places, bool]:
+        """Where patches of these tensors go: by the newest plan that has them all, else by a new
+        one (True).
+
+        A plan made for a dense push is used again, whatever dtype its trainer had."""
+        for plan in reversed(self._plans.values()):
+            if all((s := plan.specs.get(w.name)) and s.shape == w.shape for w in specs):
+                return self._places_of(plan), False
+        return self._places_of(self.plan(specs, complete=False)), True
+
+    def newest_places(self) -> Places:
+        """Of the plan that was used last. Raises NoUpdate before the first update."""
+        if not self._plans:
+            raise NoUpdate("nobody has pushed yet: there is no plan", next_step="push dense first")
+        return self._places_of(next(reversed(self._plans.values())))
+
+    def _places_of(self, plan: LoadPlan) -> Places:
+        if self._last_places is None or self._last_places.plan is not plan:
+            self._last_places = Places(plan, self.shadow)
+        return self._last_places
+
+    def keep_shadow(self, plan: LoadPlan, tensors: Mapping[str, torch.Tensor]) -> None:
+        """After a dense push: the host's copy of what is computed from, if it is configured."""
+        if self.keeps_shadow:
+            self.shadow.clear()
+            self.shadow |= {n: tensors[n].to("cpu", copy=True).contiguous()
+                            for n in plan.report.whole if n in tensors}  # fmt: skip
 
     def registered(self, verb: msg.Prepare, timed: Timed) -> tuple[Registered, bool]:
         """What `verb` names, and whether it is new. Raises UnknownRegistration, HandleError."""
@@ -117,6 +155,27 @@ class Known:
         self._announced.move_to_end(key)
         return self._announced[key], new
 
+    def buffer(self, push: PatchPush) -> torch.Tensor:
+        """The bytes of a push of patches. Raises UnknownRegistration, HandleError."""
+        key = push.registration
+        if key not in self._buffers:
+            if push.register is None or push.register.id != key:
+                raise UnknownRegistration(
+                    "the worker does not hold this buffer", next_step="send its registration again"
+                )
+            memory = list(self.importer.open(push.register).values())
+            if len(memory) != 1 or memory[0].dtype != torch.uint8 or memory[0].dim() != 1:
+                self.importer.close(key)
+                raise HandleError("patches come in one buffer of bytes", where="registration")
+            self._buffers[key] = memory[0]
+            for old in list(self._buffers)[:-BUFFERS]:
+                del self._buffers[old]
+                self.importer.close(old)
+        self._buffers.move_to_end(key)
+        self.importer.check_alive(key)
+        self.importer.wait_by_id(key)
+        return self._buffers[key]
+
     def release(self, registration: str) -> None:
         if self._registered.pop(registration, None) is not None:
             self.importer.close(registration)
@@ -127,4 +186,5 @@ class Known:
             self.release(key)
         while self._announced:
             self._announced.popitem()[1].close()
+        self._buffers.clear()
         self.importer.close()

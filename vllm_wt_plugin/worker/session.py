@@ -20,18 +20,23 @@ import torch
 
 from vllm_wt_plugin.errors import (
     EngineAsleep,
+    EngineDirty,
     NoUpdate,
+    PlanError,
     RequestError,
     TransferError,
     UpdateInProgress,
+    VersionMismatch,
     WeightSyncError,
 )
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import Part
 from vllm_wt_plugin.worker.export import Attached, Exports
 from vllm_wt_plugin.worker.known import Known, Registered
 from vllm_wt_plugin.worker.packed import PackedUpdate
+from vllm_wt_plugin.worker.patches import PatchUpdate
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Update, check_equal
@@ -56,7 +61,17 @@ class _Open:
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
     written: set[str] = field(default_factory=set)
     held: dict[str, torch.Tensor] = field(default_factory=dict)
+    patches: PatchUpdate | None = None
     ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
+
+
+@dataclass(frozen=True)
+class _Committed:
+    """The last update, if it was patches: `before` is the version it started from."""
+
+    session: str
+    patches: PatchUpdate
+    before: str
 
 
 @dataclass
@@ -89,8 +104,9 @@ class WorkerSession:
         log: Callable[..., None],
         after_commit: Callable[[], None],
         synchronize: Callable[[], None],
+        shadow: bool = False,
     ) -> None:
-        self.known, self.rank = Known(host, importer), rank
+        self.known, self.rank = Known(host, importer, keeps_shadow=shadow), rank
         self.exports = Exports(self.known, world_size)
         self._log, self._after_commit, self._synchronize = log, after_commit, synchronize
         self.version = "default"
@@ -99,6 +115,7 @@ class WorkerSession:
         self.resume_sticky = False  # a failed update paused the engine; the healing one resumes it
         self.asleep: set[str] = set()
         self.open: _Open | None = None
+        self.last: _Committed | None = None  # patches that another rank's failure may take back
         self.ended = ("", "")  # the last update's session, and `commit`, `abort` or `lease`
 
     # ---- the one entry ----------------------------------------------------------------
@@ -147,6 +164,10 @@ class WorkerSession:
                 self.begin(verb)
             case msg.Prepare():
                 self.prepare(verb, out)
+            case msg.PreparePatches():
+                self.prepare_patches(verb, out)
+            case msg.Sums():
+                out.info["sums"] = self.sums(verb.names)
             case msg.Announce():
                 self.announce(verb, out)
             case msg.Bucket():
@@ -158,11 +179,15 @@ class WorkerSession:
             case msg.Abort():
                 if self.open is not None and verb.session in ("", self.open.session):
                     self.abort(verb.reason)
+                elif self.last is not None and verb.session == self.last.session:
+                    self._take_back()
+                out.info = {"undone": self.ended == (verb.session, "abort") and not self.dirty}
             case msg.MarkDirty():
                 self.mark_dirty(verb.reason)
                 self.resume_sticky |= verb.resume_after
             case msg.SetVersion():
                 self._no_update("the version")
+                self.last = None
                 self.version = verb.version
             case msg.Shutdown():
                 self._no_update("the connection")
@@ -181,6 +206,7 @@ class WorkerSession:
     def begin(self, verb: msg.Begin) -> None:
         self._awake()
         self._no_update("a second update")
+        self.last = None
         now = time.monotonic()
         self.open = _Open(
             verb.session,
@@ -204,8 +230,46 @@ class WorkerSession:
             check_equal(held.plan, held.tensors)
         open_.prepared = held
 
+    def prepare_patches(self, verb: msg.PreparePatches, out: _Reply) -> None:
+        """Everything that can be wrong is found here, while the engine serves."""
+        open_, push = self._mine(verb.session, out), verb.push
+        if self.dirty:
+            raise EngineDirty(
+                f"patches need whole weights to start from, these are DIRTY: {self.dirty}",
+                next_step="push a complete dense update",
+            )
+        if push.base_version != self.version:
+            raise VersionMismatch(
+                f"the patches start from version {push.base_version!r}, "
+                f"the engine holds {self.version!r}",
+                next_step="push dense",
+            )
+        push.check()
+        with out.timed("wait"):
+            buffer = self.known.buffer(push)
+        with out.timed("plan"):
+            places, new = self.known.places((*push.specs, *push.whole))
+        with out.timed("read"):
+            open_.patches = PatchUpdate(self.known.host, places, push, buffer)
+            out.info["sums"] = open_.patches.prepare()
+        if new:
+            out.report = places.plan.report
+
+    def sums(self, names: list[str]) -> dict[str, list[Part]]:
+        """Full checksums, by the plan of the last dense push."""
+        places = self.known.newest_places()
+        if unknown := set(names) - places.served.keys():
+            raise PlanError("the engine's plan has no such tensor", where=min(unknown))
+        return places.sums(names or places.served)
+
     def apply(self, session: str, out: _Reply) -> None:
         open_ = self._mine(session, out)
+        if open_.patches is not None:
+            with out.timed("copy"):
+                open_.wrote = True
+                open_.patches.apply()
+                self._synchronize()
+            return
         if open_.prepared is None:
             raise NoUpdate("nothing is prepared", next_step="send the update first")
         held, open_.prepared = open_.prepared, None
@@ -219,6 +283,8 @@ class WorkerSession:
                 open_.update.receive_all(held.tensors, held.replay)
                 open_.update.finish()
             self._synchronize()
+        if held.replay is not None:
+            self.known.keep_shadow(held.plan, held.tensors)
 
     def announce(self, verb: msg.Announce, out: _Reply) -> None:
         """A packed update begins: know where every tensor goes before the first bucket comes."""
@@ -282,12 +348,19 @@ class WorkerSession:
             elif open_.packed is not None:
                 open_.packed.finish()
                 self._synchronize()
+            elif open_.patches is not None:
+                if not open_.patches.wrote:
+                    raise NoUpdate("the patches were not applied", next_step="apply them first")
             elif open_.update is None and (self.dirty or open_.wrote):
                 raise NoUpdate(
                     "nothing complete was written", next_step="push every weight, then finish"
                 )
             self._after_commit()
         self._close_ephemeral(open_)
+        if open_.packed is not None or open_.parts:
+            self.known.shadow.clear()  # not of these weights
+        if open_.patches is not None and open_.patches.exact:
+            self.last = _Committed(open_.session, open_.patches, self.version)
         self.ended = open_.session, "commit"
         out.info["resume"] = open_.resume_after
         self.version = self.version if verb.version is None else verb.version
@@ -300,12 +373,34 @@ class WorkerSession:
             return
         self.ended = open_.session, how
         self._close_ephemeral(open_)
+        if open_.patches is not None and open_.patches.exact and open_.wrote:
+            open_.wrote = not self._undone(open_.patches)
         if open_.wrote:
             self.mark_dirty(f"update of {open_.owner or 'an unnamed trainer'} failed: {reason}")
         if self.dirty:
             self.resume_sticky = open_.resume_after
 
+    def _take_back(self) -> None:
+        """Another rank failed after this one had committed the same patches."""
+        last, self.last = self.last, None
+        if last is None:
+            return
+        self.version, self.ended = last.before, (last.session, "abort")
+        if not self._undone(last.patches):
+            self.mark_dirty("patches of a failed update could not be taken back")
+
+    def _undone(self, patches: PatchUpdate) -> bool:
+        try:
+            patches.undo()
+            self._synchronize()
+        # Whatever undoing raises, the weights are mixed now, and must be called so.
+        except Exception:
+            self._log("weight sync: rank %d could not undo patches", self.rank, exc_info=True)
+            return False
+        return True
+
     def mark_dirty(self, reason: str) -> None:
+        self.last = None
         if self.open is not None:
             self.resume_sticky = self.open.resume_after
             self._close_ephemeral(self.open)

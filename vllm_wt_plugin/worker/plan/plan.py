@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -56,3 +57,30 @@ class LoadPlan:
             for seg in rows:
                 out[seg.name].append((module, seg))
         return dict(out)
+
+    @property
+    def followers(self) -> set[str]:
+        """Processed modules without a segment: computed from a tensor tied to theirs."""
+        return {m for m in self.processed if not self.segments.get(m)}
+
+    def only(self, names: Collection[str]) -> LoadPlan:
+        """The part of the plan that these names touch. Whole modules: `names` is all of a group
+        of `report.whole`, or tensors that are plain copies."""
+        segments = {
+            m: kept
+            for m, rows in self.segments.items()
+            if (kept := [s for s in rows if s.name in names])
+        }
+        loader = bool(self.opaque_names & set(names))
+        follow = self.followers if names else set()
+        return LoadPlan(
+            {n: s for n, s in self.specs.items() if n in names},
+            segments=segments,
+            fills={m: f for m, f in self.fills.items() if m in segments},
+            in_place=self.in_place & segments.keys(),
+            processed={m: why for m, why in self.processed.items() if m in segments or m in follow},
+            opaque=self.opaque if loader else {},
+            opaque_names=self.opaque_names if loader else set(),
+            late=self.late,
+            modules=self.modules,
+        )

@@ -1,0 +1,186 @@
+"""What the kernels of `sparse/` must do, on any device: the same as their torch references.
+
+TRITON_INTERPRET=1 python -m tests.support.sparse_cases     (on the CPU, by Triton's interpreter)
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+
+from vllm_wt_plugin.sparse import checksum as cs
+from vllm_wt_plugin.sparse import kernels
+from vllm_wt_plugin.sparse.diff import Diff, Pair, torch_diff
+from vllm_wt_plugin.sparse.patch import WORDS, Group
+from vllm_wt_plugin.sparse.scatter import Row, TorchScatter, layers, row
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.worker.plan.segment import Region
+
+DTYPES = [torch.bfloat16, torch.float32, torch.float8_e4m3fn, torch.int8, torch.int64, torch.bool]
+SIZES = (1, 5, 64, 1000, 4096, 4097, 20_000)
+
+
+def random(n: int, dtype: torch.dtype, seed: int, device: str) -> torch.Tensor:
+    """Random bits: NaNs of every payload and −0.0 among them."""
+    g = torch.Generator().manual_seed(seed)
+    most = 2 if dtype == torch.bool else 256
+    raw = torch.randint(0, most, (n * dtype.itemsize,), generator=g, dtype=torch.uint8)
+    return raw.view(dtype).to(device)
+
+
+def pairs(
+    dtype: torch.dtype, device: str, share: float, sizes: Sequence[int] = SIZES
+) -> list[Pair]:
+    out = []
+    for i, n in enumerate(sizes):
+        old, other = random(n, dtype, i, device), random(n, dtype, i + 100, device)
+        g = torch.Generator().manual_seed(i)
+        changed = (torch.rand(n, generator=g) < share).to(device)
+        word = WORDS[dtype.itemsize]
+        new = torch.where(changed, other.view(word), old.view(word)).view(dtype)
+        out.append(Pair(ParamSpec(f"w{i}", str(dtype).removeprefix("torch."), (n,)), new, old))
+    return out
+
+
+def same(a: Diff | None, b: Diff | None) -> None:
+    assert a is not None
+    assert b is not None
+    assert a.group.specs == b.group.specs
+    assert a.group.counts == b.group.counts
+    assert torch.equal(a.group.indices, b.group.indices)
+    assert torch.equal(a.group.values, b.group.values)
+    assert a.sums == b.sums
+
+
+def check_diff(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
+    for share in (0.0, 0.01, 0.3, 1.0):
+        rows = pairs(dtype, device, share, sizes)
+        want = torch_diff(rows, 10**9)
+        same(kernels.cuda_diff(rows, 10**9), want)
+        assert want is not None
+        count = want.group.indices.numel()
+        same(kernels.cuda_diff(rows, count), want)
+        if count:
+            assert kernels.cuda_diff(rows, count - 1) is None
+
+
+def check_rounding_diff(
+    device: str, sizes: Sequence[int] = SIZES, to: torch.dtype = torch.bfloat16
+) -> None:
+    """A float32 trainer of a 16-bit engine: compared as a dense push would round."""
+    rows = []
+    for i, n in enumerate(sizes):
+        new = torch.randn(n, generator=torch.Generator().manual_seed(i)).to(device)
+        old = new.to(to)
+        old[:: max(n // 3, 1)] += 1
+        rows.append(Pair(ParamSpec(f"w{i}", str(to)[6:], (n,)), new, old))
+    rows.append(Pair(ParamSpec("same", str(to)[6:], (7,)), old[:7].clone(), old[:7].clone()))
+    same(kernels.cuda_diff(rows, 10**9), torch_diff(rows, 10**9))
+
+
+def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
+    """Whole, rows, columns transposed, in two segments, mirrored, not here at all."""
+    found = torch_diff(pairs(dtype, device, 0.3, sizes), 10**9)
+    assert found is not None
+    for wide in (False, True):
+        g = found.group
+        if wide:
+            g = Group(g.specs, g.counts, g.indices.long(), g.values)
+        lives: list[torch.Tensor] = []
+        rows = [
+            places(s.numel, kind, dtype, device, lives)
+            for s, kind in zip(g.specs, itertools.cycle(range(5)))
+        ]
+        before = [x.clone() for x in lives]
+        reference, ours = TorchScatter(g, rows), kernels.CudaScatter(g, rows)
+        sums = reference.read()
+        assert ours.read() == sums
+        assert equal(lives, before)
+        reference.write()
+        after = [x.clone() for x in lives]
+        assert not equal(after, before)
+        reference.undo()
+        assert equal(lives, before)
+        ours.write()
+        assert equal(lives, after)
+        ours.undo()
+        assert equal(lives, before)
+
+
+def places(
+    n: int, kind: int, dtype: torch.dtype, device: str, lives: list[torch.Tensor]
+) -> list[list[Row]]:
+    def live(count: int) -> torch.Tensor:
+        lives.append(random(count + 3, dtype, len(lives) + 500, device))
+        return lives[-1][3:]
+
+    def known(place: Region, dest: torch.Tensor) -> Row:
+        found = row(place, dest)
+        assert found is not None
+        return found
+
+    cols = 10 if n % 10 == 0 else 1
+    lines = n // cols
+    if kind == 0:
+        return [[known(Region(0, (n,), (1,)), live(n))]]
+    if kind == 1:  # a half of the rows
+        half = lines // 2
+        size = (lines - half, cols)
+        return [
+            [known(Region(half * cols, size, (cols, 1)), live((lines - half) * cols).view(size))]
+        ]
+    if kind == 2:  # some columns, transposed in memory
+        part = max(1, cols - 3)
+        dest = live(lines * part).view(part, lines).t()
+        return [[known(Region(cols - part, (lines, part), (cols, 1)), dest)]]
+    whole = known(Region(0, (lines, cols), (cols, 1)), live(n).view(lines, cols))
+    if kind == 3:
+        mirror = known(Region(0, (n,), (1,)), live(n))
+        found = layers([whole, mirror])
+        assert found is not None
+        assert len(found) == 2
+        return found
+    return []
+
+
+def equal(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return all(
+        torch.equal(x.view(torch.uint8), y.view(torch.uint8)) for x, y in zip(a, b, strict=True)
+    )
+
+
+def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
+    """Whole tensors and shards of them, against the reference on the CPU."""
+    parts = []
+    want = []
+    for i, n in enumerate(sizes):
+        t = random(n, dtype, i, device)
+        for place, dest in (
+            (Region(0, (n,), (1,)), t),
+            (Region(3, (n // 2, 1), (2, 1)), t[: n // 2].view(-1, 1)),
+            (Region(1, (n // 5, 2), (7, 3)), t[: n // 5 * 2].view(2, -1).t()),
+        ):
+            if not dest.numel():
+                continue
+            found = row(place, dest)
+            assert found is not None
+            parts.append((cs.seed(f"w{i}"), found))
+            want.append(cs.checksum_region(f"w{i}", dest.cpu(), place))
+    assert kernels.cuda_sums(parts) == want
+
+
+def main() -> None:
+    kernels.TILE = 256  # the interpreter takes a tile as one step
+    small = (1, 5, 64, 300, 1000, 257)
+    for dtype in DTYPES:
+        check_diff(dtype, "cpu", small)
+        check_scatter(dtype, "cpu", small)
+        check_sums(dtype, "cpu", small)
+    check_rounding_diff("cpu", small, torch.float16)  # the interpreter cuts bf16 off
+    print("all kernels agree with their references")
+
+
+if __name__ == "__main__":
+    main()

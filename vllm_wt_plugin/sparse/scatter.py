@@ -1,0 +1,183 @@
+"""Patches into live memory: find each element's place, keep what stood there, write, undo.
+
+    flat checkpoint index ── Row ──▶ offset in a live tensor        (or: another rank's element)
+
+The reference is torch, patch by patch; on CUDA `kernels.py` does the same for all patches of a
+group in one launch. Time and memory are those of the changed elements, whatever the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from vllm_wt_plugin.sparse.checksum import ZERO, Place, Sum, checksum_change, seed
+from vllm_wt_plugin.sparse.patch import WORDS, Group
+
+MAX_DIMS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One segment for one live tensor: `dims` are (size, source stride, destination stride), the
+    source's outermost first. `dest[0]` is where the element at `offset` goes.
+
+    A (4, 6) checkpoint tensor of which this rank holds columns 3-5, transposed in (3, 4) memory:
+    offset 3, dims ((4, 6, 1), (3, 1, 4)).
+    """
+
+    dest: torch.Tensor  # 1-d words, from the segment's first element to its last
+    offset: int
+    dims: tuple[tuple[int, int, int], ...]
+
+    @property
+    def source(self) -> tuple[int, tuple[tuple[int, int], ...]]:
+        """Which elements of the checkpoint tensor these are; equal for mirrors of one another."""
+        flat: list[tuple[int, int]] = []
+        for size, stride, _ in self.dims:
+            if flat and flat[-1][1] == size * stride:
+                flat[-1] = flat[-1][0] * size, stride
+            else:
+                flat.append((size, stride))
+        return self.offset, tuple(flat)
+
+    @property
+    def numel(self) -> int:
+        n = 1
+        for size, *_ in self.dims:
+            n *= size
+        return n
+
+    def locate(self, indices: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions in `indices` of the elements that lie here, and their offsets in `dest`."""
+        rest = indices.long() - self.offset
+        inside, at = rest >= 0, torch.zeros_like(rest)
+        for size, stride, dest in self.dims:
+            step = rest // stride
+            inside &= step < size
+            at += step * dest
+            rest = rest - step * stride
+        hit = (inside & (rest == 0)).nonzero().squeeze(1)
+        return hit, at[hit]
+
+
+def row(source: Place, dest: torch.Tensor) -> Row | None:
+    """The row of a segment whose live elements are `dest` (same size as `source`).
+
+    None if an index does not tell the place: one source element in several, or a form of more
+    than MAX_DIMS dimensions once merged.
+    """
+    dims: list[tuple[int, int, int]] = []
+    order = sorted(zip(source.size, source.stride, dest.stride(), strict=True),
+                   key=lambda d: -d[1])  # fmt: skip
+    for size, s, d in order:
+        if size == 1:
+            continue
+        if dims and dims[-1][1] == s * size and dims[-1][2] == d * size:
+            dims[-1] = dims[-1][0] * size, s, d
+        else:
+            dims.append((size, s, d))
+    dims = dims or [(1, 1, 1)]
+    inner = 1  # of the dimensions inside, the extent: strides must leave room for it
+    for size, s, _ in reversed(dims):
+        if s < inner:
+            return None
+        inner = s * size
+    if len(dims) > MAX_DIMS or any(d < 0 for *_, d in dims):
+        return None
+    word = WORDS[dest.element_size()]
+    span = 1 + sum((n - 1) * d for n, _, d in dims)
+    whole = dest.as_strided((span,), (1,), dest.storage_offset()).view(word)
+    return Row(whole, source.offset, tuple(dims))
+
+
+def layers(rows: Iterable[Row]) -> list[list[Row]] | None:
+    """Rows of one tensor so that no layer holds an element twice; mirrors go to later layers.
+
+    None where two rows share a part of their elements only. The first layer has every element
+    this rank takes exactly once.
+    """
+    out: list[list[Row]] = []
+    for r in rows:
+        for layer in out:
+            if all(r.source != other.source for other in layer):
+                layer.append(r)
+                break
+        else:
+            out.append([r])
+    first = out[0] if out else []
+    for i, a in enumerate(first):
+        if any(_overlap(a, b) for b in first[i + 1 :]):
+            return None
+    return out
+
+
+def _overlap(a: Row, b: Row) -> bool:
+    (low, x), (high, y) = sorted(((a.offset, a), (b.offset, b)), key=lambda p: p[0])
+    last = low + sum((n - 1) * s for n, s, _ in x.dims)
+    if last < high:
+        return False
+    inside = torch.tensor([high])  # interleaved rows: compare element by element
+    for size, stride, _ in y.dims:
+        steps = torch.arange(size) * stride
+        inside = (inside[:, None] + steps).reshape(-1)
+    return bool(x.locate(inside)[0].numel())
+
+
+class Scatter(Protocol):
+    """One group's patches and the places they go to. `read`, then `write`; `undo` reverts it."""
+
+    def read(self) -> list[Sum]:
+        """Keep the old values; per patch, what writing will add to the checksum (this rank's
+        elements). Writes nothing."""
+
+    def write(self) -> None: ...
+
+    def undo(self) -> None: ...
+
+
+def scatter(group: Group, rows: Sequence[list[list[Row]]]) -> Scatter:
+    """`rows[i]`: the layers of `group.specs[i]`, which is `ordered`."""
+    if group.values.device.type == "cuda":
+        from vllm_wt_plugin.sparse.kernels import CudaScatter
+
+        return CudaScatter(group, rows)
+    return TorchScatter(group, rows)
+
+
+class TorchScatter:
+    """The reference."""
+
+    def __init__(self, group: Group, rows: Sequence[list[list[Row]]]) -> None:
+        self._group, self._rows = group, rows
+        self._undo: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+
+    def read(self) -> list[Sum]:
+        self._undo = []
+        sums = []
+        for (spec, indices, values), own in zip(self._group.rows(), self._rows, strict=True):
+            total = ZERO
+            for depth, layer in enumerate(own):
+                for r in layer:
+                    hit, at = r.locate(indices)
+                    old, new = r.dest[at], values[hit]
+                    self._undo.append((r.dest, at, old, new))
+                    if depth == 0:
+                        total += checksum_change(spec.name, indices[hit], old, new)
+            sums.append(total)
+        return sums
+
+    def write(self) -> None:
+        for dest, at, _, new in self._undo:
+            dest[at] = new
+
+    def undo(self) -> None:
+        for dest, at, old, _ in reversed(self._undo):
+            dest[at] = old
+
+
+def seeds(group: Group) -> list[int]:
+    return [seed(s.name) for s in group.specs]

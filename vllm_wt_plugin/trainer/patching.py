@@ -1,0 +1,111 @@
+"""Sparse pushes: the changes in one shared buffer, to every replica that holds the last version.
+
+Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each replica)
+"""
+
+from __future__ import annotations
+
+import torch
+
+from vllm_wt_plugin.errors import UnknownRegistration
+from vllm_wt_plugin.trainer.client import Client
+from vllm_wt_plugin.trainer.delta import Changes
+from vllm_wt_plugin.transport.layout import BaseExporter
+from vllm_wt_plugin.wire.exchange import Outcome
+from vllm_wt_plugin.wire.handles import Registration
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import PatchPush, layout
+
+SPARE = 1.5  # the buffer grows by this, so that it is seldom registered anew
+
+
+class PatchSender:
+    """The buffer of one trainer and what its replicas know of it. `close()` frees it.
+
+    `exporter` is its own: what it shares is this buffer alone.
+    """
+
+    def __init__(self, exporter: BaseExporter) -> None:
+        self._exporter = exporter
+        self._buffer: torch.Tensor | None = None
+        self._registration: Registration | None = None
+        self._known: dict[str, str] = {}  # replica → the buffer's registration it holds
+        self._push: PatchPush | None = None
+
+    def load(self, changes: Changes, empty: ParamSpec, base: str, version: str, owner: str) -> None:
+        """Lay the changes out in the buffer. `empty` is named where nothing has changed."""
+        specs = tuple(s for d in changes.diffs for s in d.group.specs)
+        counts = [n for d in changes.diffs for n in d.group.counts]
+        sums = [(x.a, x.b) for d in changes.diffs for x in d.sums]
+        if not specs and not changes.whole:
+            specs, counts, sums = (empty,), [0], [(0, 0)]
+        whole = [s for s, _ in changes.whole]
+        places = layout(specs, counts, whole)
+        buffer = self._room(max(places.nbytes, 1), _device(changes))
+        for section in places.sections:
+            i, v = section.indices_at, section.values_at
+            for d in changes.diffs:
+                g = d.group
+                if (g.values.element_size(), g.indices.element_size()) == (
+                    section.word,
+                    section.index,
+                ):
+                    buffer[i : i + g.indices.nbytes].copy_(g.indices.view(torch.uint8))
+                    buffer[v : v + g.values.nbytes].copy_(g.values.view(torch.uint8))
+                    i, v = i + g.indices.nbytes, v + g.values.nbytes
+        for (spec, t), at in zip(changes.whole, places.whole_at, strict=True):
+            buffer[at : at + spec.nbytes].view(t.dtype).view(t.shape).copy_(t)
+        self._registration, _ = self._exporter.register([("patches", buffer)])
+        self._exporter.refresh()
+        self._push = PatchPush(
+            names=[s.name for s in specs],
+            dtype_names=[s.dtype for s in specs],
+            shapes=[s.shape for s in specs],
+            num_updates_list=counts,
+            registration=self._registration.id,
+            base_version=base,
+            whole=whole,
+            sums=sums,
+            version=version,
+            owner=owner,
+        )
+
+    def _room(self, nbytes: int, device: torch.device) -> torch.Tensor:
+        b = self._buffer
+        if b is None or b.numel() < nbytes or b.device != device:
+            size = nbytes if b is None else int(nbytes * SPARE)
+            b = self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+        return b
+
+    def send(self, client: Client) -> Outcome:
+        """What `load` laid out, in one request. Raises what the replica says."""
+        push, registration = self._push, self._registration
+        if push is None or registration is None:
+            raise RuntimeError("load() comes first")
+        full = _with(push, registration)
+        try:
+            known = self._known.get(client.name) == registration.id
+            done = client.push(push if known else full)
+        except UnknownRegistration:
+            done = client.push(full)
+        self._known[client.name] = registration.id
+        return done
+
+    def forget(self, name: str) -> None:
+        self._known.pop(name, None)
+
+    def close(self) -> None:
+        self._exporter.close()
+        self._buffer = self._push = None
+
+
+def _with(push: PatchPush, registration: Registration) -> PatchPush:
+    import msgspec
+
+    return msgspec.structs.replace(push, register=registration)
+
+
+def _device(changes: Changes) -> torch.device:
+    for d in changes.diffs:
+        return d.group.values.device
+    return changes.whole[0][1].device if changes.whole else torch.device("cpu")

@@ -1,0 +1,150 @@
+"""Which replicas hold what, and so who can be sent changes alone.
+
+push: Snapshot.changes → PatchSender → replicas at the snapshot's version; the others are left
+settle: what a dense push to those others brought, and the snapshot of it all
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Literal
+
+from vllm_wt_plugin.errors import (
+    AccessDenied,
+    EngineAsleep,
+    ServerUnreachable,
+    UpdateInProgress,
+    WeightSyncError,
+)
+from vllm_wt_plugin.trainer.client import Client
+from vllm_wt_plugin.trainer.delta import Changes, Cost, Snapshot
+from vllm_wt_plugin.trainer.patching import PatchSender
+from vllm_wt_plugin.trainer.report import ReplicaOutcome
+from vllm_wt_plugin.trainer.source import Source
+from vllm_wt_plugin.transport.layout import BaseExporter
+from vllm_wt_plugin.wire.messages import PlanReport
+
+Mode = Literal["dense", "auto", "sparse"]
+Where = Literal["device", "host"]
+FINAL = (AccessDenied, EngineAsleep, ServerUnreachable, UpdateInProgress)  # dense fails as well
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What went sparse: to these replicas, and how many bytes to each."""
+
+    outcomes: dict[str, ReplicaOutcome]
+    nbytes: int
+    changed: float
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Tracker:
+    """One per `WeightSync`; keeps nothing until the first push that is not dense.
+
+    `plans`: the replicas' reports, as they come in.
+    """
+
+    def __init__(
+        self,
+        exporter: Callable[[], BaseExporter],
+        plans: dict[str, PlanReport],
+        owner: str,
+        where: Where,
+    ) -> None:
+        self._exporter, self._plans, self._owner, self._where = exporter, plans, owner, where
+        self._snapshot: Snapshot | None = None
+        self._version = ""  # of the snapshot
+        self._plan: PlanReport | None = None
+        self._at: set[str] = set()  # replicas that hold exactly the snapshot
+        self._sender: PatchSender | None = None
+        self._cost = Cost()
+        self._changes: Changes | None = None
+
+    def push(self, source: Source, version: str, mode: Mode, clients: list[Client]) -> Sent | None:
+        """Send what changed to every replica that holds the last push. Those that are not in the
+        outcome's table want a dense push: they were never tried, or refused in a way it heals."""
+        self._changes = None
+        ready = [c for c in clients if c.name in self._at]
+        if self._snapshot is None or not ready or not self._snapshot.fits(source.specs()):
+            return None
+        start = time.perf_counter()
+        total = sum(s.numel for s in source.specs())
+        most = self._cost.most(total) if mode == "auto" else 1.0
+        changes = self._snapshot.changes(source, most)
+        if changes is None:
+            return None
+        compared = time.perf_counter()
+        if self._sender is None:
+            self._sender = PatchSender(self._exporter())
+        self._sender.load(changes, self._snapshot.first(), self._version, version, self._owner)
+        loaded = time.perf_counter()
+        outcomes = {}
+        for c in ready:
+            outcome = self._one(c, self._sender)
+            if outcome is not None:
+                outcomes[c.name] = outcome
+        self._changes = changes
+        now = time.perf_counter()
+        seconds = {"diff": compared - start, "pack": loaded - compared, "request": now - loaded}
+        return Sent(outcomes, changes.bytes, changes.changed / max(changes.total, 1), seconds)
+
+    def _one(self, c: Client, sender: PatchSender) -> ReplicaOutcome | None:
+        try:
+            done = sender.send(c)
+        except WeightSyncError as exc:
+            self._at.discard(c.name)
+            sender.forget(c.name)
+            return ReplicaOutcome(name=c.name, error=exc) if isinstance(exc, FINAL) else None
+        return ReplicaOutcome(
+            name=c.name, version=done.version, seconds=done.seconds, plan=self._plans.get(c.name)
+        )
+
+    def settle(
+        self,
+        source: Source,
+        version: str,
+        outcomes: Iterable[ReplicaOutcome],
+        seconds: float,
+        dense: bool,
+    ) -> None:
+        """After a push in mode auto or sparse: who holds what now, and what it took."""
+        good = [o.name for o in outcomes if o.error is None]
+        changes, self._changes = self._changes, None
+        if not good:
+            return  # everybody holds what they held
+        if dense:
+            self._cost.note_dense(seconds)
+        elif changes is not None:
+            self._cost.note_sparse(seconds, changes.changed, changes.total)
+        plan = self._plans.get(good[0])
+        if plan is None:
+            return
+        if (
+            self._snapshot is None
+            or not self._snapshot.fits(source.specs())
+            or plan is not self._plan
+        ):
+            self._snapshot = Snapshot(source, plan, host=self._where == "host")
+            self._plan = plan
+        elif changes is not None:
+            self._snapshot.accept(changes)
+        else:
+            self._snapshot.retake(source)
+        self._version = version
+        same = (plan.stored, plan.whole, plan.shadowed)
+        self._at = {
+            n for n in good
+            if (p := self._plans.get(n)) is not None and (p.stored, p.whole, p.shadowed) == same
+        }  # fmt: skip
+
+    def missed(self) -> None:
+        """A dense push went past: nobody is known to hold the snapshot any more."""
+        self._at.clear()
+
+    def close(self) -> None:
+        if self._sender is not None:
+            self._sender.close()
+        self._snapshot = self._changes = None

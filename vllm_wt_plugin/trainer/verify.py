@@ -1,0 +1,50 @@
+"""The full check: checksums of what the engines hold against the trainer's own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from vllm_wt_plugin.sparse.checksum import Sum, checksum, seed
+from vllm_wt_plugin.sparse.patch import WORDS
+from vllm_wt_plugin.sparse.scatter import Row
+from vllm_wt_plugin.trainer.report import VerifyReport
+from vllm_wt_plugin.wire.messages import PlanReport
+from vllm_wt_plugin.wire.patches import Part, added_up
+
+
+def verify(
+    replicas: Mapping[str, list[dict[str, list[Part]]]],
+    plans: Mapping[str, PlanReport | None],
+    source: Iterable[tuple[str, torch.Tensor]],
+) -> VerifyReport:
+    """`replicas`: what each rank of each replica adds up to. Reads every tensor of `source`, in
+    each dtype that an engine holds it in."""
+    differ: dict[str, list[str]] = {r: [] for r in replicas}
+    unseen: dict[str, list[str]] = {r: [] for r in replicas}
+    for name, t in source:
+        own: dict[str, Sum] = {}
+        for replica, ranks in replicas.items():
+            found = added_up(ranks, name)
+            if found is None:
+                unseen[replica].append(name)
+                continue
+            plan = plans.get(replica)
+            dtype = plan.stored.get(name, "") if plan is not None else ""
+            if dtype not in own:
+                own[dtype] = whole(name, t.to(getattr(torch, dtype)) if dtype else t)
+            if found != tuple(own[dtype]):
+                differ[replica].append(name)
+    return VerifyReport(differ, unseen)
+
+
+def whole(name: str, t: torch.Tensor) -> Sum:
+    """`checksum`, by the kernel where there is one."""
+    t = t.detach()
+    if not t.is_cuda or not t.numel():
+        return checksum(name, t)
+    from vllm_wt_plugin.sparse.kernels import cuda_sums
+
+    flat = t.contiguous().view(-1).view(WORDS[t.element_size()])
+    return cuda_sums([(seed(name), Row(flat, 0, ((t.numel(), 1, 1),)))])[0]

@@ -1,0 +1,159 @@
+"""A push of patches as it travels: what changed, in one buffer whose layout both sides compute.
+
+    buffer = for every word width: indices of all its tensors, then their values; then whole tensors
+
+The request names tensors and counts; where their bytes lie follows from those alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import msgspec
+
+from vllm_wt_plugin.errors import RequestError
+from vllm_wt_plugin.wire.buckets import ALIGN
+from vllm_wt_plugin.wire.handles import Hex32, Registration
+from vllm_wt_plugin.wire.params import (
+    Name,
+    ParamSpec,
+    Shape,
+    Size,
+    Text,
+    Version,
+    check_specs,
+    itemsize,
+)
+
+MAX_INT32 = 2**31 - 1
+Lane = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Lanes = tuple[Lane, Lane]  # a checksum (`sparse/checksum.py`)
+
+
+class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One whole sparse update, `POST /push_patches`.
+
+    `num_updates_list[i]` new values of `names[i]`; `whole` tensors follow in full, for modules
+    that take no patches. The buffer is `registration`'s only tensor; `register` is sent once.
+    `sums[i]`: by how much the update moves `names[i]`'s checksum; empty: not checked.
+    """
+
+    names: Annotated[list[Name], msgspec.Meta(max_length=2**20)]
+    dtype_names: list[str]
+    shapes: list[Shape]
+    num_updates_list: list[Size]
+    registration: Hex32
+    base_version: Version
+    register: Registration | None = None
+    whole: list[ParamSpec] = []
+    sums: list[Lanes] = []
+    version: Version | None = None
+    owner: Text = ""
+    update_kind: Literal["sparse_flat"] = "sparse_flat"
+
+    @property
+    def specs(self) -> tuple[ParamSpec, ...]:
+        """Of the patched tensors."""
+        rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
+        return tuple(ParamSpec(n, d, s) for n, d, s in rows)
+
+    def check(self) -> None:
+        """Lists of one length, no name twice, no count beyond its tensor."""
+        for what, rows in (
+            ("dtype_names", self.dtype_names),
+            ("shapes", self.shapes),
+            ("num_updates_list", self.num_updates_list),
+            ("sums", self.sums or self.names),
+        ):
+            if len(rows) != len(self.names):
+                raise RequestError(
+                    f"`{what}` should be of the same size as `names`: "
+                    f"got {len(rows)} and {len(self.names)}",
+                    where=f"$.{what}",
+                )
+        if not self.names and not self.whole:
+            raise RequestError("`names` is empty", where="$.names")
+        check_specs((*self.specs, *self.whole))
+        for spec, count in zip(self.specs, self.num_updates_list, strict=True):
+            if count > spec.numel:
+                raise RequestError(
+                    f"{count} updates of {spec.numel} elements", where=spec.name,
+                    next_step="give each index once",
+                )  # fmt: skip
+        if self.register is not None:
+            self.register.check()
+
+
+@dataclass(frozen=True, slots=True)
+class Section:
+    """Patches of one word and one index width: which of `names`, and where in the buffer."""
+
+    members: tuple[int, ...]
+    word: int  # bytes
+    index: int  # bytes
+    count: int
+    indices_at: int
+    values_at: int
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where everything lies in the buffer."""
+
+    sections: tuple[Section, ...]
+    whole_at: tuple[int, ...]
+    nbytes: int
+
+
+def layout(specs: tuple[ParamSpec, ...], counts: list[int], whole: list[ParamSpec]) -> Layout:
+    """Both sides call it with what the request says."""
+    by_width: dict[tuple[int, int], list[int]] = {}
+    for i, spec in enumerate(specs):
+        width = itemsize(spec.dtype, spec.name), 4 if spec.numel <= MAX_INT32 else 8
+        by_width.setdefault(width, []).append(i)
+    sections, at = [], 0
+    for (word, index), members in by_width.items():
+        n = sum(counts[i] for i in members)
+        values_at = _up(at + n * index)
+        sections.append(Section(tuple(members), word, index, n, at, values_at))
+        at = _up(values_at + n * word)
+    whole_at = []
+    for spec in whole:
+        whole_at.append(at)
+        at = _up(at + spec.nbytes)
+    return Layout(tuple(sections), tuple(whole_at), at)
+
+
+def _up(n: int) -> int:
+    return -(-n // ALIGN) * ALIGN
+
+
+Part = tuple[str, tuple[int, int]]  # which elements of the tensor a rank has, and their sum
+
+
+def added_up(ranks: list[dict[str, list[Part]]], name: str) -> tuple[int, int] | None:
+    """The checksum of a tensor from its parts on all ranks; None if none has any.
+
+    A part that several ranks hold counts once, and they must agree on it: (-1, -1) if not.
+    """
+    parts: dict[str, tuple[int, int]] = {}
+    for rank in ranks:
+        for key, have in rank.get(name, ()):
+            if parts.setdefault(key, have) != have:
+                return -1, -1
+    if not parts:
+        return None
+    return sum(a for a, _ in parts.values()) % 2**32, sum(b for _, b in parts.values()) % 2**32
+
+
+def wrong_sums(push: PatchPush, ranks: list[dict[str, list[Part]]]) -> Iterator[str]:
+    """Names whose parts on all ranks do not add up to what the trainer says.
+
+    A name that a rank holds whole was checked there and is not listed.
+    """
+    for name, want in zip(push.names, push.sums, strict=False):
+        have = added_up(ranks, name)
+        if have is not None and have != tuple(want):
+            yield name

@@ -1,0 +1,158 @@
+"""Where the elements of each checkpoint tensor live on this rank, as rows for patches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import msgspec
+import torch
+
+from vllm_wt_plugin.errors import PlanError
+from vllm_wt_plugin.sparse.checksum import Sum, checksum_region, seed
+from vllm_wt_plugin.sparse.patch import WORDS
+from vllm_wt_plugin.sparse.scatter import Row, layers, row
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import Part
+from vllm_wt_plugin.worker.plan.blueprint import tensors_of_module
+from vllm_wt_plugin.worker.plan.ops import storage_key
+from vllm_wt_plugin.worker.plan.plan import LoadPlan
+
+Tensors = Mapping[str, torch.Tensor]
+Layers = list[list[Row]]
+
+
+class Places:
+    """The rows of one plan's tensors, found when first asked for. The live model's own memory, or,
+    for a tensor that vLLM computes another form of, its copy in `shadow` (on the host)."""
+
+    def __init__(self, plan: LoadPlan, shadow: Tensors) -> None:
+        self.plan, self.shadow = plan, shadow
+        self.whole = plan.report.whole
+        self.served = {
+            n: ParamSpec(n, plan.report.stored.get(n, s.dtype), s.shape)
+            for n, s in plan.specs.items()
+        }
+        self._rows: dict[str, Layers] = {}
+
+    def rows(self, name: str) -> Layers:
+        """In layers (`sparse/scatter.py`). Raises PlanError for a tensor that takes no patches."""
+        if name in self.whole:
+            return [[_whole_row(self._shadowed(name))]]
+        if name not in self._rows:
+            self._rows[name] = live_rows(self.plan, name) or []
+        return self._rows[name]
+
+    def _shadowed(self, name: str) -> torch.Tensor:
+        if name not in self.shadow:
+            users = [m for m, _ in self.plan.by_name.get(name, ())]
+            reasons = self.plan.processed | self.plan.opaque
+            why = next((f"{m}: {reasons[m]}" for m in users if m in reasons), "it is shared")
+            raise PlanError(
+                f"this tensor takes no patches ({why})",
+                where=name,
+                next_step="send it in full in the same update (`whole`), serve with "
+                """--additional-config '{"wt": {"shadow": "cpu"}}' and push once dense, """
+                "or push dense",
+            )
+        return self.shadow[name]
+
+    def group_of(self, names: Iterable[str]) -> set[str]:
+        """All tensors that must come together with these, which take no patches."""
+        labels = {self.whole[n] for n in names if n in self.whole}
+        return {n for n, label in self.whole.items() if label in labels}
+
+    def sums(self, names: Iterable[str]) -> dict[str, list[Part]]:
+        """Checksums of what this rank holds, part by part; reads all of it."""
+        parts = [
+            (name, r)
+            for name in names
+            if name not in self.whole or name in self.shadow
+            for r in (self.rows(name) or [[]])[0]
+        ]
+        on_gpu = [p for p in parts if p[1].dest.is_cuda]
+        found = {id(r): _sum(n, r) for n, r in parts if not r.dest.is_cuda}
+        if on_gpu:
+            from vllm_wt_plugin.sparse.kernels import cuda_sums
+
+            sums = cuda_sums([(seed(n), r) for n, r in on_gpu])
+            found |= {id(r): s for (_, r), s in zip(on_gpu, sums, strict=True)}
+        out: dict[str, list[Part]] = {}
+        for name, r in parts:
+            out.setdefault(name, []).append((part_key([r]), (found[id(r)].a, found[id(r)].b)))
+        return out
+
+    def holds_all(self, name: str) -> bool:
+        """Whether every element of the tensor is on this rank."""
+        own = self.rows(name)
+        return bool(own) and sum(r.numel for r in own[0]) == self.served[name].numel
+
+
+def live_rows(plan: LoadPlan, name: str) -> Layers | None:
+    """Rows in live memory, of in-place modules; None if an index alone does not tell the place."""
+    found = []
+    for module, seg in plan.by_name.get(name, ()):
+        live = tensors_of_module(plan.modules[module])[seg.target[1]]
+        found.append(row(seg.source, seg.dest.of_tensor(live.detach())))
+    known = [r for r in found if r is not None]
+    return layers(known) if len(known) == len(found) else None
+
+
+def describe_patching(plan: LoadPlan, shadowed: bool) -> None:
+    """Add to the plan's report what a trainer of patches must know: `stored` and `whole`."""
+    stored: dict[str, str] = {}
+    alone: list[set[str]] = [{a.name, b.name} for a, b in plan.must_equal]
+    alone += [{s.name for s in plan.segments.get(m, [])} for m in plan.processed]
+    alone.append(set(plan.opaque_names))
+    tied = {
+        storage_key(t) for m in plan.followers for t in tensors_of_module(plan.modules[m]).values()
+    }
+    computed = plan.computed_names
+    for name, rows in plan.by_name.items():
+        if name in computed:
+            continue
+        live = [tensors_of_module(plan.modules[m])[s.target[1]] for m, s in rows]
+        dtypes = {str(t.dtype).removeprefix("torch.") for t in live}
+        followed = any(storage_key(t) in tied for t in live)
+        if len(dtypes) > 1 or followed or live_rows(plan, name) is None:
+            alone.append({name})
+        elif dtypes != {plan.specs[name].dtype}:
+            stored[name] = dtypes.pop()
+    plan.report = msgspec.structs.replace(
+        plan.report, stored=stored, whole=_labelled(alone), shadowed=shadowed
+    )
+
+
+def _labelled(sets: list[set[str]]) -> dict[str, str]:
+    """Sets that share a name become one; each name with its set's smallest."""
+    merged: list[set[str]] = []
+    for names in filter(None, sets):
+        joined = set(names)
+        for other in [m for m in merged if m & joined]:
+            joined |= other
+            merged.remove(other)
+        merged.append(joined)
+    return {n: min(names) for names in merged for n in names}
+
+
+def part_key(rows: Iterable[Row]) -> str:
+    """Equal on two ranks that hold the same elements of a tensor."""
+    return repr(sorted(r.source for r in rows))
+
+
+def _whole_row(t: torch.Tensor) -> Row:
+    flat = t.view(-1).view(WORDS[t.element_size()])
+    return Row(flat, 0, ((max(t.numel(), 1), 1, 1),))
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    offset: int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+
+
+def _sum(name: str, r: Row) -> Sum:
+    size, source, dest = (tuple(d[i] for d in r.dims) for i in range(3))
+    part = r.dest.as_strided(size, dest, int(r.dest.storage_offset()))
+    return checksum_region(name, part, _Place(r.offset, size, source))
