@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
-#   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...      (sweep kernels 8b moe peer engine bridge bridge-8b bridge-own)
+#   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
+#   steps: sweep kernels sparse-kernels sparse 8b moe peer engine bridge bridge-8b bridge-own
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -19,6 +20,9 @@ for name in "$@"; do
   case $name in
     sweep) step sweep 90 "GB/s" python3 -m benchmarks.copy_sweep ;;
     kernels) step kernels 60 "passed|failed|^E " $py tests/gpu/test_batch.py ;;
+    sparse-kernels) step sparse-kernels 120 "passed|failed|^E " $py tests/gpu/test_sparse.py ;;
+    sparse) step sparse 300 "^(diff|apply|push|check|vers)|$rows" \
+      python3 -m benchmarks.sparse_gpu --shape 8b --out "$out/b" ;;
     8b) step ipc-8b 260 "$rows" python3 -m benchmarks.ipc_gpu --shape 8b --llm --out "$out/b" ;;
     moe) step ipc-moe 280 "$rows" \
       python3 -m benchmarks.ipc_gpu --shape 30b-a3b --layers 28 --slow-rounds 4 --out "$out/b" ;;

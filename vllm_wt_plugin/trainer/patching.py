@@ -5,6 +5,7 @@ Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each
 
 from __future__ import annotations
 
+import msgspec
 import torch
 
 from vllm_wt_plugin.errors import UnknownRegistration
@@ -27,10 +28,10 @@ class PatchSender:
 
     def __init__(self, exporter: BaseExporter) -> None:
         self._exporter = exporter
-        self._buffer: torch.Tensor | None = None
+        self.buffer: torch.Tensor | None = None
         self._registration: Registration | None = None
         self._known: dict[str, str] = {}  # replica → the buffer's registration it holds
-        self._push: PatchPush | None = None
+        self.push: PatchPush | None = None
 
     def load(self, changes: Changes, empty: ParamSpec, base: str, version: str, owner: str) -> None:
         """Lay the changes out in the buffer. `empty` is named where nothing has changed."""
@@ -57,7 +58,7 @@ class PatchSender:
             buffer[at : at + spec.nbytes].view(t.dtype).view(t.shape).copy_(t)
         self._registration, _ = self._exporter.register([("patches", buffer)])
         self._exporter.refresh()
-        self._push = PatchPush(
+        self.push = PatchPush(
             names=[s.name for s in specs],
             dtype_names=[s.dtype for s in specs],
             shapes=[s.shape for s in specs],
@@ -71,18 +72,18 @@ class PatchSender:
         )
 
     def _room(self, nbytes: int, device: torch.device) -> torch.Tensor:
-        b = self._buffer
+        b = self.buffer
         if b is None or b.numel() < nbytes or b.device != device:
             size = nbytes if b is None else int(nbytes * SPARE)
-            b = self._buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            b = self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
         return b
 
     def send(self, client: Client) -> Outcome:
         """What `load` laid out, in one request. Raises what the replica says."""
-        push, registration = self._push, self._registration
+        push, registration = self.push, self._registration
         if push is None or registration is None:
             raise RuntimeError("load() comes first")
-        full = _with(push, registration)
+        full = msgspec.structs.replace(push, register=registration)
         try:
             known = self._known.get(client.name) == registration.id
             done = client.push(push if known else full)
@@ -96,13 +97,7 @@ class PatchSender:
 
     def close(self) -> None:
         self._exporter.close()
-        self._buffer = self._push = None
-
-
-def _with(push: PatchPush, registration: Registration) -> PatchPush:
-    import msgspec
-
-    return msgspec.structs.replace(push, register=registration)
+        self.buffer = self.push = None
 
 
 def _device(changes: Changes) -> torch.device:
