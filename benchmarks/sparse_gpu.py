@@ -12,8 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +82,7 @@ class Applied:
         return update
 
     def sums(self) -> dict[str, Any]:
-        return dict(self.session.sums([]))
+        return dict(self.session.known.newest_places().sums_of([]))
 
 
 def loaded(changes: Changes) -> tuple[PatchPush, torch.Tensor]:
@@ -103,8 +103,7 @@ def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model
     flips.flip()
     found: list[Any] = []
     with MemoryPeak() as memory:
-        compare: Callable[[], object] = lambda: found.append(snapshot.changes(source, 0.5))  # noqa: E731
-        result.add(f"diff {label}", timed(compare, a.rounds, found.clear))
+        result.add(f"diff {label}", timed(partial(_diff, found, snapshot, source), a.rounds))
     result.facts[f"diff {label} memory MiB"] = memory.above >> 20
     changes: Changes = found[-1]
     result.facts[f"changed {label}"] = changes.changed
@@ -139,6 +138,11 @@ def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model
         for k, v in {**reports[-1].seconds, **reports[-1].replicas[0].seconds}.items()
     }
     print(reports[-1], flush=True)
+
+
+def _diff(found: list[Any], snapshot: Snapshot, source: Any) -> None:
+    found.clear()  # the last one's memory is free for this one
+    found.append(snapshot.changes(source, 0.5))
 
 
 def theirs(result: Result, label: str, model: Any, changes: Changes, rounds: int) -> None:

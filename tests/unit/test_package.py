@@ -40,6 +40,7 @@ MAY_IMPORT = {
     "worker/plan/kernels.py": {".worker.plan", "torch", "triton"},
     "worker/plan/*": {".errors", ".wire", ".worker.plan", "torch"},
     "worker/known.py": {".errors", ".wire", ".transport", ".worker", "torch"},
+    "worker/open.py": {".wire", ".worker", "torch"},
     "worker/session.py": {".errors", ".wire", ".transport", ".worker", "torch", "msgspec"},
     "worker/places.py": {".errors", ".wire", ".sparse", ".worker", "torch", "msgspec"},
     "worker/patches.py": {".errors", ".wire", ".sparse", ".transport", ".worker", "torch"},

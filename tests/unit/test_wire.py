@@ -28,6 +28,7 @@ from vllm_wt_plugin.wire.handles import (
     contiguous_stride,
 )
 from vllm_wt_plugin.wire.params import ITEMSIZE, MAX_ELEMENTS, ParamSpec, check_specs
+from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
 
 KEY = "0123456789abcdef" * 2
 SHM = {"kind": "shm", "name": f"/wt_{KEY}", "nbytes": 64}
@@ -392,11 +393,53 @@ def test_updates_that_do_not_fit(change: dict[str, Any], where: str) -> None:
 
 # ---- verbs --------------------------------------------------------------------------------
 
+
+def patch_push(**change: Any) -> PatchPush:
+    given = dict(
+        names=["w"], dtype_names=["bfloat16"], shapes=[(4, 4)], num_updates_list=[3],
+        registration=KEY, base_version="1", sums=[(1, 2)],
+    )  # fmt: skip
+    return PatchPush(**(given | change))
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"dtype_names": []}, "$.dtype_names"),
+        ({"num_updates_list": []}, "$.num_updates_list"),
+        ({"sums": [(1, 2), (3, 4)]}, "$.sums"),
+        ({"names": [], "dtype_names": [], "shapes": [], "num_updates_list": [], "sums": []},
+         "$.names"),
+        ({"num_updates_list": [17]}, "w"),
+        ({"dtype_names": ["object"]}, "w"),
+        ({"whole": [ParamSpec("w", "bfloat16", (4, 4))]}, "w"),
+    ],
+)  # fmt: skip
+def test_patches_that_do_not_fit(change: dict[str, Any], where: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        patch_push(**change).check()
+    assert caught.value.where == where
+
+
+def test_parts_of_all_ranks_add_up() -> None:
+    push = patch_push(names=["a", "b", "c"], sums=[(5, 2**32 - 1), (7, 7), (1, 1)])
+    ranks: list[dict[str, list[Part]]] = [
+        {"a": [("rows 0", (3, 2**32 - 4))], "b": [("all", (7, 7))]},
+        {"a": [("rows 1", (2, 3))], "b": [("all", (7, 7))]},
+    ]
+    assert list(wrong_sums(push, ranks)) == []
+    ranks[1]["b"] = [("all", (7, 8))]  # the same elements, and two ranks disagree
+    ranks[0]["a"] = [("rows 0", (4, 2**32 - 4))]
+    assert list(wrong_sums(push, ranks)) == ["a", "b"]
+
+
 VERBS: list[Any] = [
     msg.Status(),
     msg.Init({"packed": False}),
     msg.Begin(KEY, "me", 60.0, True),
     msg.Prepare(KEY, KEY, registration(ref((4, 4))), True),
+    msg.PreparePatches(KEY, patch_push()),
+    msg.Sums(["a.weight"]),
     msg.Announce(KEY, KEY, None),
     msg.Bucket("", 3),
     msg.Apply(KEY),

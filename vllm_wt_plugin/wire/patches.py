@@ -28,7 +28,7 @@ from vllm_wt_plugin.wire.params import (
 )
 
 MAX_INT32 = 2**31 - 1
-Lane = Annotated[int, msgspec.Meta(ge=0, lt=2**32)]
+Lane = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
 Lanes = tuple[Lane, Lane]  # a checksum (`sparse/checksum.py`)
 
 

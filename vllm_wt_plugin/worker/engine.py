@@ -76,9 +76,6 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             return self.session.refuse(exc)
         return self._run(verb, msg.Apply(self._session_id))
 
-    def receive_sparse_weights(self, update_info: Any, apply_patches: Any) -> None:
-        """vLLM's form of a sparse update: `apply_patches(model)` TODO."""
-
     def receive_weights(self, update_info: Any) -> None:
         self.update_weights(update_info)
 

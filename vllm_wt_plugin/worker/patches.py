@@ -9,14 +9,46 @@ from collections.abc import Iterable
 
 import torch
 
-from vllm_wt_plugin.errors import HandleError, PlanError, TransferError
+from vllm_wt_plugin.errors import (
+    EngineDirty,
+    HandleError,
+    PlanError,
+    TransferError,
+    VersionMismatch,
+)
 from vllm_wt_plugin.sparse.checksum import ZERO, Sum
 from vllm_wt_plugin.sparse.patch import WORDS, Group, check_known, ordered
 from vllm_wt_plugin.sparse.scatter import scatter
+from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.patches import Part, PatchPush, Section, layout
+from vllm_wt_plugin.worker.known import Known, Timed
 from vllm_wt_plugin.worker.places import Places, part_key
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.update import Update
+
+
+def open_patches(
+    known: Known, push: PatchPush, version: str, dirty: str, timed: Timed
+) -> tuple[PatchUpdate, PlanReport | None]:
+    """The update that `push` asks of weights at `version`, checked; the report of a new plan."""
+    if dirty:
+        raise EngineDirty(
+            f"patches need whole weights to start from, these are DIRTY: {dirty}",
+            next_step="push a complete dense update",
+        )
+    if push.base_version != version:
+        raise VersionMismatch(
+            f"the patches start from version {push.base_version!r}, the engine holds {version!r}",
+            next_step="push dense",
+        )
+    push.check()
+    with timed("wait"):
+        buffer = known.buffer(push)
+    with timed("plan"):
+        places, new = known.places((*push.specs, *push.whole))
+    with timed("read"):
+        update = PatchUpdate(known.host, places, push, buffer)
+    return update, places.plan.report if new else None
 
 
 class PatchUpdate:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -61,6 +61,12 @@ class Places:
         """All tensors that must come together with these, which take no patches."""
         labels = {self.whole[n] for n in names if n in self.whole}
         return {n for n, label in self.whole.items() if label in labels}
+
+    def sums_of(self, names: Collection[str]) -> dict[str, list[Part]]:
+        """As `sums`; of all tensors where none is named. Raises PlanError for an unknown name."""
+        if unknown := set(names) - self.served.keys():
+            raise PlanError("the engine's plan has no such tensor", where=min(unknown))
+        return self.sums(names or self.served)
 
     def sums(self, names: Iterable[str]) -> dict[str, list[Part]]:
         """Checksums of what this rank holds, part by part; reads all of it."""

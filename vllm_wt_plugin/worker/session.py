@@ -10,9 +10,7 @@ several ranks vLLM stops at the first failing one and mixes up all later replies
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -20,75 +18,22 @@ import torch
 
 from vllm_wt_plugin.errors import (
     EngineAsleep,
-    EngineDirty,
     NoUpdate,
-    PlanError,
     RequestError,
     TransferError,
     UpdateInProgress,
-    VersionMismatch,
     WeightSyncError,
 )
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import Part
-from vllm_wt_plugin.worker.export import Attached, Exports
-from vllm_wt_plugin.worker.known import Known, Registered
+from vllm_wt_plugin.worker.export import Exports
+from vllm_wt_plugin.worker.known import Known
+from vllm_wt_plugin.worker.open import Committed, Draft, Open
 from vllm_wt_plugin.worker.packed import PackedUpdate
-from vllm_wt_plugin.worker.patches import PatchUpdate
+from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Update, check_equal
-
-
-@dataclass
-class _Open:
-    """What is known of the update under way."""
-
-    session: str
-    owner: str
-    lease_s: float
-    deadline: float  # monotonic
-    since: float
-    resume_after: bool
-    wrote: bool = False
-    prepared: Registered | None = None
-    way: str = ""  # how its tensors come; one update, one way
-    packed: PackedUpdate | None = None
-    attached: Attached | None = None  # who writes in place
-    update: Update | None = None  # a complete one, ready for commit
-    parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
-    written: set[str] = field(default_factory=set)
-    held: dict[str, torch.Tensor] = field(default_factory=dict)
-    patches: PatchUpdate | None = None
-    ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
-
-
-@dataclass(frozen=True)
-class _Committed:
-    """The last update, if it was patches: `before` is the version it started from."""
-
-    session: str
-    patches: PatchUpdate
-    before: str
-
-
-@dataclass
-class _Reply:
-    """What the verbs of one call add up to."""
-
-    error: dict[str, str] | None = None
-    report: msg.PlanReport | None = None
-    seconds: dict[str, float] = field(default_factory=dict)
-    info: dict[str, Any] = field(default_factory=dict)
-    mine: bool = False  # the call acts on the open update: its error ends a half-done one
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
 
 class WorkerSession:
@@ -114,15 +59,15 @@ class WorkerSession:
         self.dirty_since = 0.0
         self.resume_sticky = False  # a failed update paused the engine; the healing one resumes it
         self.asleep: set[str] = set()
-        self.open: _Open | None = None
-        self.last: _Committed | None = None  # patches that another rank's failure may take back
+        self.open: Open | None = None
+        self.last: Committed | None = None  # patches that another rank's failure may take back
         self.ended = ("", "")  # the last update's session, and `commit`, `abort` or `lease`
 
     # ---- the one entry ----------------------------------------------------------------
 
     def call(self, payload: object) -> dict[str, Any]:
         """Run encoded verbs in turn, stop at the first error; a `Reply` as plain data."""
-        out = _Reply()
+        out = Draft()
         try:
             self.expire()
             for verb in msg.decode_verbs(payload):
@@ -139,9 +84,9 @@ class WorkerSession:
     def refuse(self, exc: Exception) -> dict[str, Any]:
         """The reply to a call that failed before it became verbs."""
         known = exc if isinstance(exc, WeightSyncError) else RequestError(str(exc))
-        return self._answer(_Reply(known.to_dict(), mine=True))
+        return self._answer(Draft(known.to_dict(), mine=True))
 
-    def _answer(self, out: _Reply) -> dict[str, Any]:
+    def _answer(self, out: Draft) -> dict[str, Any]:
         if out.error is not None:
             out.error["where"] = " ".join(filter(None, [out.error["where"], f"rank {self.rank}"]))
             if out.mine and self.open is not None and self.open.wrote:
@@ -150,7 +95,7 @@ class WorkerSession:
         data: dict[str, Any] = msgspec.to_builtins(reply)
         return data
 
-    def run(self, verb: msg.Verb, out: _Reply) -> None:
+    def run(self, verb: msg.Verb, out: Draft) -> None:
         match verb:
             case msg.Status():
                 out.info = {
@@ -167,7 +112,7 @@ class WorkerSession:
             case msg.PreparePatches():
                 self.prepare_patches(verb, out)
             case msg.Sums():
-                out.info["sums"] = self.sums(verb.names)
+                out.info["sums"] = self.known.newest_places().sums_of(verb.names)
             case msg.Announce():
                 self.announce(verb, out)
             case msg.Bucket():
@@ -208,7 +153,7 @@ class WorkerSession:
         self._no_update("a second update")
         self.last = None
         now = time.monotonic()
-        self.open = _Open(
+        self.open = Open(
             verb.session,
             verb.owner,
             verb.lease_s,
@@ -217,7 +162,7 @@ class WorkerSession:
             verb.resume_after or self.resume_sticky,
         )
 
-    def prepare(self, verb: msg.Prepare, out: _Reply) -> None:
+    def prepare(self, verb: msg.Prepare, out: Draft) -> None:
         open_ = self._mine(verb.session, out)
         held, new = self.known.registered(verb, out.timed)
         if new:
@@ -230,39 +175,16 @@ class WorkerSession:
             check_equal(held.plan, held.tensors)
         open_.prepared = held
 
-    def prepare_patches(self, verb: msg.PreparePatches, out: _Reply) -> None:
+    def prepare_patches(self, verb: msg.PreparePatches, out: Draft) -> None:
         """Everything that can be wrong is found here, while the engine serves."""
-        open_, push = self._mine(verb.session, out), verb.push
-        if self.dirty:
-            raise EngineDirty(
-                f"patches need whole weights to start from, these are DIRTY: {self.dirty}",
-                next_step="push a complete dense update",
-            )
-        if push.base_version != self.version:
-            raise VersionMismatch(
-                f"the patches start from version {push.base_version!r}, "
-                f"the engine holds {self.version!r}",
-                next_step="push dense",
-            )
-        push.check()
-        with out.timed("wait"):
-            buffer = self.known.buffer(push)
-        with out.timed("plan"):
-            places, new = self.known.places((*push.specs, *push.whole))
+        open_ = self._mine(verb.session, out)
+        open_.patches, out.report = open_patches(
+            self.known, verb.push, self.version, self.dirty, out.timed
+        )
         with out.timed("read"):
-            open_.patches = PatchUpdate(self.known.host, places, push, buffer)
             out.info["sums"] = open_.patches.prepare()
-        if new:
-            out.report = places.plan.report
 
-    def sums(self, names: list[str]) -> dict[str, list[Part]]:
-        """Full checksums, by the plan of the last dense push."""
-        places = self.known.newest_places()
-        if unknown := set(names) - places.served.keys():
-            raise PlanError("the engine's plan has no such tensor", where=min(unknown))
-        return places.sums(names or places.served)
-
-    def apply(self, session: str, out: _Reply) -> None:
+    def apply(self, session: str, out: Draft) -> None:
         open_ = self._mine(session, out)
         if open_.patches is not None:
             with out.timed("copy"):
@@ -286,7 +208,7 @@ class WorkerSession:
         if held.replay is not None:
             self.known.keep_shadow(held.plan, held.tensors)
 
-    def announce(self, verb: msg.Announce, out: _Reply) -> None:
+    def announce(self, verb: msg.Announce, out: Draft) -> None:
         """A packed update begins: know where every tensor goes before the first bucket comes."""
         open_ = self._mine(verb.session, out)
         announced, new = self.known.announced(verb, out.timed)
@@ -294,7 +216,7 @@ class WorkerSession:
             out.report = announced.plan.report
         open_.packed = PackedUpdate(announced, self.known.host)
 
-    def bucket(self, verb: msg.Bucket, out: _Reply) -> None:
+    def bucket(self, verb: msg.Bucket, out: Draft) -> None:
         """Copy one bucket out of its buffer, which the trainer fills anew when this returns."""
         open_ = self._mine(verb.session, out)
         if open_.packed is None:
@@ -307,7 +229,7 @@ class WorkerSession:
             open_.packed.receive()
             self._synchronize()
 
-    def touch(self, verb: msg.Touch, out: _Reply) -> None:
+    def touch(self, verb: msg.Touch, out: Draft) -> None:
         """An attached trainer begins to write: from now the weights may be mixed."""
         open_ = self._mine(verb.session, out)
         attached = self.exports.find(verb.attached)
@@ -315,7 +237,7 @@ class WorkerSession:
         self._synchronize()  # the last step before the pause may still be reading
         open_.attached, open_.wrote = attached, True
 
-    def _apply_part(self, open_: _Open, plan: LoadPlan, tensors: dict[str, torch.Tensor]) -> None:
+    def _apply_part(self, open_: Open, plan: LoadPlan, tensors: dict[str, torch.Tensor]) -> None:
         """Copy what is a plain copy; hold the rest until every name is there."""
         later = plan.computed_names
         Update(self.known.host, plan).receive(
@@ -325,7 +247,7 @@ class WorkerSession:
         open_.written |= tensors.keys() - later
         open_.parts |= plan.specs
 
-    def commit(self, verb: msg.Commit, out: _Reply) -> None:
+    def commit(self, verb: msg.Commit, out: Draft) -> None:
         open_ = self._mine(verb.session, out)
         with out.timed("commit"):
             if open_.parts:
@@ -357,10 +279,10 @@ class WorkerSession:
                 )
             self._after_commit()
         self._close_ephemeral(open_)
-        if open_.packed is not None or open_.parts:
+        if open_.packed is not None or open_.attached is not None or open_.parts:
             self.known.shadow.clear()  # not of these weights
         if open_.patches is not None and open_.patches.exact:
-            self.last = _Committed(open_.session, open_.patches, self.version)
+            self.last = Committed(open_.session, open_.patches, self.version)
         self.ended = open_.session, "commit"
         out.info["resume"] = open_.resume_after
         self.version = self.version if verb.version is None else verb.version
@@ -418,18 +340,7 @@ class WorkerSession:
         o = self.open
         asleep = tuple(sorted(self.asleep))
         if o is not None:
-            return msg.State(
-                "UPDATING",
-                self.version,
-                self.dirty,
-                o.owner,
-                o.session,
-                o.since,
-                max(0.0, o.deadline - time.monotonic()),
-                o.resume_after,
-                o.wrote,
-                asleep,
-            )
+            return o.state(self.version, self.dirty, asleep)
         if self.dirty:
             return msg.State(
                 "DIRTY",
@@ -441,7 +352,7 @@ class WorkerSession:
             )
         return msg.State("IDLE", self.version, asleep=asleep)
 
-    def _mine(self, session: str, out: _Reply) -> _Open:
+    def _mine(self, session: str, out: Draft) -> Open:
         if self.open is None or session not in ("", self.open.session):
             raise NoUpdate(
                 "no such update is open (it may have been aborted, or its lease expired)",
@@ -452,7 +363,7 @@ class WorkerSession:
         self.open.deadline = time.monotonic() + self.open.lease_s
         return self.open
 
-    def _by(self, open_: _Open, way: str) -> None:
+    def _by(self, open_: Open, way: str) -> None:
         if open_.way not in ("", way):
             raise RequestError(
                 f"tensors came {open_.way}, and now {way}",
@@ -476,6 +387,6 @@ class WorkerSession:
                 next_step="finish it, POST /abort_weight_update, or wait for its lease to end",
             )
 
-    def _close_ephemeral(self, open_: _Open) -> None:
+    def _close_ephemeral(self, open_: Open) -> None:
         for key in open_.ephemeral:
             self.known.release(key)

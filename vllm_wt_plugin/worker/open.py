@@ -1,0 +1,75 @@
+"""What a session remembers: the update under way, the one before it, the reply being made."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.worker.export import Attached
+from vllm_wt_plugin.worker.known import Registered
+from vllm_wt_plugin.worker.packed import PackedUpdate
+from vllm_wt_plugin.worker.patches import PatchUpdate
+from vllm_wt_plugin.worker.plan.update import Update
+
+
+@dataclass
+class Open:
+    """What is known of the update under way."""
+
+    session: str
+    owner: str
+    lease_s: float
+    deadline: float  # monotonic
+    since: float
+    resume_after: bool
+    wrote: bool = False
+    prepared: Registered | None = None
+    way: str = ""  # how its tensors come; one update, one way
+    packed: PackedUpdate | None = None
+    attached: Attached | None = None  # who writes in place
+    update: Update | None = None  # a complete one, ready for commit
+    parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
+    written: set[str] = field(default_factory=set)
+    held: dict[str, torch.Tensor] = field(default_factory=dict)
+    patches: PatchUpdate | None = None
+    ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
+
+    def state(self, version: str, dirty: str, asleep: tuple[str, ...]) -> msg.State:
+        left = max(0.0, self.deadline - time.monotonic())
+        return msg.State(
+            "UPDATING", version, dirty, self.owner, self.session, self.since, left,
+            self.resume_after, self.wrote, asleep,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Committed:
+    """The last update, if it was patches: `before` is the version it started from."""
+
+    session: str
+    patches: PatchUpdate
+    before: str
+
+
+@dataclass
+class Draft:
+    """What the verbs of one call add up to."""
+
+    error: dict[str, str] | None = None
+    report: msg.PlanReport | None = None
+    seconds: dict[str, float] = field(default_factory=dict)
+    info: dict[str, Any] = field(default_factory=dict)
+    mine: bool = False  # the call acts on the open update: its error ends a half-done one
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
