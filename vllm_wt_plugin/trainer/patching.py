@@ -29,7 +29,7 @@ class PatchSender:
     def __init__(self, exporter: BaseExporter) -> None:
         self._exporter = exporter
         self.buffer: torch.Tensor | None = None
-        self._registration: Registration | None = None
+        self.registration: Registration | None = None
         self._known: dict[str, str] = {}  # replica → the buffer's registration it holds
         self.push: PatchPush | None = None
 
@@ -56,14 +56,14 @@ class PatchSender:
                     i, v = i + g.indices.nbytes, v + g.values.nbytes
         for (spec, t), at in zip(changes.whole, places.whole_at, strict=True):
             buffer[at : at + spec.nbytes].view(t.dtype).view(t.shape).copy_(t)
-        self._registration, _ = self._exporter.register([("patches", buffer)])
+        self.registration, _ = self._exporter.register([("patches", buffer)])
         self._exporter.refresh()
         self.push = PatchPush(
             names=[s.name for s in specs],
             dtype_names=[s.dtype for s in specs],
             shapes=[s.shape for s in specs],
             num_updates_list=counts,
-            registration=self._registration.id,
+            registration=self.registration.id,
             base_version=base,
             whole=whole,
             sums=sums,
@@ -80,7 +80,7 @@ class PatchSender:
 
     def send(self, client: Client) -> Outcome:
         """What `load` laid out, in one request. Raises what the replica says."""
-        push, registration = self.push, self._registration
+        push, registration = self.push, self.registration
         if push is None or registration is None:
             raise RuntimeError("load() comes first")
         full = msgspec.structs.replace(push, register=registration)

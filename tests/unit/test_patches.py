@@ -1,0 +1,192 @@
+"""Pushes of patches into sessions on toy models: the same bits as dense ones, or nothing at all.
+
+The toy has modules in place, packed, derived late, loaded by the loader, and tied.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+import pytest
+import torch
+
+from tests.unit import toys
+from tests.unit.test_session import Worker
+from tests.unit.toys import same_bits
+from vllm_wt_plugin.errors import TransferError, WeightSyncError
+from vllm_wt_plugin.trainer.delta import Changes, Snapshot
+from vllm_wt_plugin.trainer.patching import PatchSender
+from vllm_wt_plugin.transport.memory import MemoryExporter
+from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.patches import PatchPush
+
+
+class Pair:
+    """A trainer and the workers (ranks that hold the same) it has pushed version 1 to."""
+
+    def __init__(self, ranks: int = 1, shadow: bool = False) -> None:
+        self.workers = [Worker(rank=r) for r in range(ranks)]
+        for w in self.workers:
+            w.session.known.keeps_shadow = shadow
+        self.trainer = self.workers[0].trainer(2)
+        self.tensors = self.trainer.tensors
+        self.sender = PatchSender(MemoryExporter())
+        reg = self.trainer.register()
+        done = self.run(msg.PushRequest(reg.id, reg, "1"))
+        assert done.report is not None
+        self.plan = done.report
+        self.snapshot = Snapshot(self.tensors.items(), self.plan, host=False)
+
+    def run(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
+        return exchange.run(exchange.push(request), self.perform)
+
+    def perform(self, action: exchange.Action) -> Any:
+        match action:
+            case exchange.Call():
+                return [w.call(*action.verbs) for w in self.workers]
+            case exchange.IsPaused():
+                return False
+
+    def change(self, share: float = 0.2, only: str = "") -> Changes:
+        g = torch.Generator().manual_seed(7)
+        for name, t in self.tensors.items():
+            if name.startswith(only):
+                flip = torch.rand(t.shape, generator=g) < share
+                t.copy_(torch.where(flip, t + 1, t))
+        found = self.snapshot.changes(self.tensors.items(), 1.0)
+        assert found is not None
+        return found
+
+    def load(self, changes: Changes, base: str = "1", version: str = "2") -> PatchPush:
+        self.sender.load(changes, self.snapshot.first(), base, version, "me")
+        assert self.sender.push is not None
+        assert self.sender.registration is not None
+        return msgspec.structs.replace(self.sender.push, register=self.sender.registration)
+
+    def assert_serves(self, tensors: dict[str, torch.Tensor], version: str) -> None:
+        for w in self.workers:
+            state = w.session.state()
+            assert (state.phase, state.version) == ("IDLE", version), state
+            want = toys.ToyHost(w.kind())
+            want.first_load([(n, t.clone()) for n, t in tensors.items()])
+            a, b = toys.live_tensors(w.host.model), toys.live_tensors(want.model)
+            assert [n for n in b if not same_bits(a[n], b[n])] == []
+
+
+def copies(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {n: t.clone() for n, t in tensors.items()}
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_patches_equal_a_fresh_load(ranks: int, shadow: bool) -> None:
+    pair = Pair(ranks, shadow)
+    for step in range(2, 6):
+        changes = pair.change()
+        assert bool(changes.whole) is not shadow
+        pair.run(pair.load(changes, str(step - 1), str(step)))
+        pair.snapshot.accept(changes)
+        pair.assert_serves(pair.tensors, str(step))
+    assert pair.snapshot.changes(pair.tensors.items(), 1.0).changed == 0  # type: ignore[union-attr]
+
+
+def test_no_changes_advance_the_version() -> None:
+    pair = Pair()
+    pair.run(pair.load(pair.change(share=0.0)))
+    pair.assert_serves(pair.tensors, "2")
+
+
+def refused(pair: Pair, push: PatchPush, match: str, old: dict[str, torch.Tensor]) -> None:
+    with pytest.raises(WeightSyncError, match=match):
+        pair.run(push)
+    pair.assert_serves(old, "1")
+
+
+def test_what_was_lost_repeated_or_reordered_is_refused() -> None:
+    pair = Pair()
+    first = pair.load(pair.change(), "1", "2")
+    old = copies(pair.tensors)
+    pair.run(first)
+    for base in ("1", "3"):  # the same again; one whose base never came
+        with pytest.raises(WeightSyncError, match=f"start from version '{base}'.*holds '2'"):
+            pair.run(msgspec.structs.replace(first, base_version=base))
+        pair.assert_serves(old, "2")
+
+
+@pytest.mark.parametrize("what", ["values", "indices", "old"])
+def test_what_is_corrupted_is_refused(what: str) -> None:
+    pair = Pair(shadow=True)
+    old = copies(pair.tensors)
+    push = pair.load(pair.change())
+    buffer = pair.sender.buffer
+    assert buffer is not None
+    if what == "values":
+        buffer[-1 - 256 :].zero_()
+        data = buffer.nonzero()
+        buffer[int(data[len(data) // 2])] ^= 1
+    elif what == "indices":
+        section = buffer[:4].view(torch.int32)
+        section[0] += 1 if int(section[0]) + 1 != int(buffer[4:8].view(torch.int32)) else -1
+    else:  # the engine's weights have drifted
+        push = msgspec.structs.replace(push, sums=[(a ^ 8, b) for a, b in push.sums])
+    refused(pair, push, "checksum|index", old)
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"dtype_names": ["int8"]}, "int8 values, the engine holds"),
+        ({"shapes": [(3,)]}, "must|shape|does not"),
+        ({"registration": "f" * 32, "register": None}, "does not hold this buffer"),
+    ],
+)
+def test_what_does_not_fit_is_refused(change: dict[str, Any], match: str) -> None:
+    pair = Pair()
+    old = copies(pair.tensors)
+    name = next(n for n in pair.tensors if n not in pair.plan.whole)
+    spec = pair.load(pair.change(share=0.0)).specs[0]
+    assert spec.name == name
+    push = pair.load(pair.snapshot.changes(pair.tensors.items(), 1.0))  # type: ignore[arg-type]
+    refused(pair, msgspec.structs.replace(push, **change), match, old)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("at", ["apply", "commit"])
+def test_a_failure_puts_the_old_bits_back_on_every_rank(ranks: int, at: str) -> None:
+    """The last rank fails when it applies, or after all others have committed."""
+    pair = Pair(ranks, shadow=True)
+    old = copies(pair.tensors)
+    push = pair.load(pair.change())
+    last = pair.workers[-1].session
+
+    def fail(*_: object) -> None:
+        last._synchronize, last._after_commit = lambda: None, lambda: None
+        raise TransferError("out of luck")
+
+    if at == "apply":
+        last._synchronize = fail
+    else:
+        last._after_commit = fail
+    with pytest.raises(TransferError, match="out of luck"):
+        pair.run(push)
+    pair.assert_serves(old, "1")
+    pair.run(push)
+    pair.assert_serves(pair.tensors, "2")
+
+
+def test_a_bare_patch_for_a_packed_module_says_what_to_do() -> None:
+    pair = Pair()
+    old = copies(pair.tensors)
+    with_shadow = msgspec.structs.replace(pair.plan, shadowed=True)
+    pair.snapshot = Snapshot(pair.tensors.items(), with_shadow, host=False)
+    refused(pair, pair.load(pair.change()), "takes no patches.*send it in full", old)
+
+
+def test_dirty_weights_take_no_patches() -> None:
+    pair = Pair()
+    pair.workers[0].ok(msg.MarkDirty("mixed"))
+    with pytest.raises(WeightSyncError, match="need whole weights"):
+        pair.run(pair.load(pair.change()))
+    assert pair.workers[0].session.state().phase == "DIRTY"
