@@ -80,11 +80,12 @@ def torch_diff(pairs: Sequence[Pair], capacity: int) -> Diff | None:
         sums.append(
             checksum_change(p.spec.name, at, old[at.to(old.device)].to(new.device), new[at])
         )
-    empty = torch.empty(0, dtype=index), torch.empty(0, dtype=word)
+    device = pairs[0].new.device
+    none = torch.empty(0, device=device)
     group = Group(
         tuple(specs),
         tuple(counts),
-        torch.cat(indices or [empty[0]]),
-        torch.cat(values or [empty[1]]),
+        torch.cat(indices or [none.to(index)]),
+        torch.cat(values or [none.to(word)]),
     )
     return Diff(group, tuple(sums))
