@@ -29,6 +29,7 @@ class EngineControl:
     def __init__(self, engine: Any) -> None:
         self.engine = engine  # vLLM's EngineClient (AsyncLLM)
         self.dirty = ""  # why requests are refused; as of the last reply
+        self._in_place = ""  # session of the update in place that was opened last
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()  # one resumes while the other has not dropped its caches
 
@@ -42,26 +43,46 @@ class EngineControl:
 
     async def push(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         """A whole update: in one call of the engine core if that is idle, else step by step."""
-        return await asyncio.shield(self._spawn(self._push(request)))
+        name = exchange.core_method(request)
+        return await self._at_once(name, request, exchange.push(request))
 
-    async def _push(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
+    async def start(self, body: msg.StartBody) -> exchange.Outcome:
+        """Open an update; one in place in one call of an idle core."""
+        if body.attached is None:
+            return await self.run(exchange.start(body))
+        outcome = await self._at_once("weight_start", body, exchange.start(body))
+        self._in_place = outcome.session
+        return outcome
+
+    async def finish(self, body: msg.FinishBody) -> exchange.Outcome:
+        """Commit the open update; one in place in one call of an idle core."""
+        if not body.session or body.session != self._in_place:
+            return await self.run(exchange.finish(body))
+        return await self._at_once("weight_finish", body, exchange.finish(body))
+
+    async def _at_once(self, name: str, request: object, steps: exchange.Steps) -> exchange.Outcome:
+        return await asyncio.shield(self._spawn(self._at_once_in_turn(name, request, steps)))
+
+    async def _at_once_in_turn(
+        self, name: str, request: object, steps: exchange.Steps
+    ) -> exchange.Outcome:
         async with self._turn:
-            return await self._push_now(request)
-
-    async def _push_now(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
-        core = self.engine.engine_core
-        if len(core.core_engines) > 1:  # engines must agree before any of them commits
-            return await self._drive(exchange.push(request))
-        payload, kind = msgspec.msgpack.encode(request), request.update_kind
-        rows = await core.call_utility_all_async("weight_push", payload, kind)
-        reply = msgspec.convert(rows[0], exchange.PushReply)
-        if reply.busy:
-            return await self._drive(exchange.push(request))
-        if reply.outcome is None:
-            self._note(await self.call(msg.Status()))
-            raise from_dict(reply.error or {})
-        self.dirty = ""
-        return reply.outcome
+            core = self.engine.engine_core
+            if len(core.core_engines) > 1:  # engines must agree before any of them commits
+                return await self._drive(steps)
+            payload = msgspec.msgpack.encode(request)
+            rows = await core.call_utility_all_async(name, payload)
+            reply = msgspec.convert(rows[0], exchange.PushReply)
+            if reply.busy:
+                return await self._drive(steps)
+            if reply.outcome is None:
+                self._note(await self.call(msg.Status()))
+                raise from_dict(reply.error or {})
+            if reply.outcome.session:
+                self._spawn(self._watch_session(reply.outcome.session))
+            else:
+                self.dirty = ""
+            return reply.outcome
 
     async def _drive(self, steps: exchange.Steps) -> exchange.Outcome:
         seconds: dict[str, float] = {}
@@ -142,6 +163,12 @@ class EngineControl:
             await self.engine.reset_encoder_cache()
 
     # ---- leases -----------------------------------------------------------------------
+
+    async def _watch_session(self, session: str) -> None:
+        states = [r.state for r in await self.call(msg.Status())]
+        mine = next((s for s in states if s.session == session), None)
+        if mine is not None:
+            await self._watch(exchange.WatchLease(session, mine.owner, mine.resume_after))
 
     async def _watch(self, begun: exchange.WatchLease) -> None:
         """Have the open update end when its trainer has gone silent."""

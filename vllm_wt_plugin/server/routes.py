@@ -67,7 +67,7 @@ async def weight_checksums(request: Request, control: EngineControl) -> dict[str
 async def start_weight_update(request: Request, control: EngineControl) -> dict[str, Any]:
     """Open an update of several calls; the engine is paused until it ends."""
     body = msg.decode(_start, await request.body() or b"{}")
-    outcome = await control.run(exchange.start(body))
+    outcome = await control.start(body)
     return {"message": "Weight update started", **_told(outcome)}
 
 
@@ -83,7 +83,7 @@ async def finish_weight_update(request: Request, control: EngineControl) -> dict
     body = msg.decode(_finish, await request.body() or b"{}")
     return {
         "message": "Weight update finished",
-        **_told(await control.run(exchange.finish(body))),
+        **_told(await control.finish(body)),
     }
 
 

@@ -169,12 +169,12 @@ class LLMClient:
         elif request.register is not None:
             request.register.check()
         core = self._llm.llm_engine.engine_core
-        payload = msgspec.msgpack.encode(request)
+        payload, name = msgspec.msgpack.encode(request), exchange.core_method(request)
         # The core in this process, or vLLM's client of the core in another.
         row = (
-            core.engine_core.weight_push(payload, request.update_kind)
+            getattr(core.engine_core, name)(payload)
             if hasattr(core, "engine_core")
-            else core.call_utility("weight_push", payload, request.update_kind)
+            else core.call_utility(name, payload)
         )
         reply = msgspec.convert(row, exchange.PushReply)
         if reply.busy:

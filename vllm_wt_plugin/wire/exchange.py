@@ -121,6 +121,11 @@ def must_reset(*done: bool) -> None:
         )
 
 
+def core_method(request: msg.PushRequest | PatchPush) -> str:
+    """The engine core's method that does the whole push in one call (`worker/core.py`)."""
+    return "weight_push" if isinstance(request, msg.PushRequest) else "weight_patch"
+
+
 def push(request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S) -> Steps:
     """One whole update."""
     session = secrets.token_hex(16)

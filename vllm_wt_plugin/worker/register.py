@@ -48,7 +48,7 @@ def _register() -> None:
     from vllm_wt_plugin import _vllm
 
     _vllm.check_version()
-    from vllm_wt_plugin.worker.core import weight_push
+    from vllm_wt_plugin.worker import core as in_core
     from vllm_wt_plugin.worker.engine import IPCEngine
 
     if os.environ.get("WT_CPU_INPLACE") == "1":
@@ -69,7 +69,10 @@ def _register() -> None:
         _vllm.wrap(core, "collective_rpc", _raise_failures)
         _vllm.wrap(core, "resume_scheduler", _refuse_dirty)
         _vllm.wrap(core, "sleep", _refuse_attached)
-        core.weight_push = weight_push
+        core.weight_push = in_core.weight_push
+        core.weight_patch = in_core.weight_patch
+        core.weight_start = in_core.weight_start
+        core.weight_finish = in_core.weight_finish
     _vllm.swap_engine("ipc", IPCEngine)
 
 
