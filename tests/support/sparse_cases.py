@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from vllm_wt_plugin.sparse import checksum as cs
-from vllm_wt_plugin.sparse import kernels
+from vllm_wt_plugin.sparse import cuda_diff, kernels
 from vllm_wt_plugin.sparse.diff import Diff, Pair, torch_diff
 from vllm_wt_plugin.sparse.patch import WORDS, Group
 from vllm_wt_plugin.sparse.scatter import Row, TorchScatter, layers, row
@@ -58,12 +58,12 @@ def check_diff(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
     for share in (0.0, 0.01, 0.3, 1.0):
         rows = pairs(dtype, device, share, sizes)
         want = torch_diff(rows, 10**9)
-        same(kernels.cuda_diff(rows, 10**9), want)
+        same(cuda_diff.cuda_diff(rows, 10**9), want)
         assert want is not None
         count = want.group.indices.numel()
-        same(kernels.cuda_diff(rows, count), want)
+        same(cuda_diff.cuda_diff(rows, count), want)
         if count:
-            assert kernels.cuda_diff(rows, count - 1) is None
+            assert cuda_diff.cuda_diff(rows, count - 1) is None
 
 
 def check_rounding_diff(
@@ -77,7 +77,7 @@ def check_rounding_diff(
         old[:: max(n // 3, 1)] += 1
         rows.append(Pair(ParamSpec(f"w{i}", str(to)[6:], (n,)), new, old))
     rows.append(Pair(ParamSpec("same", str(to)[6:], (7,)), old[:7].clone(), old[:7].clone()))
-    same(kernels.cuda_diff(rows, 10**9), torch_diff(rows, 10**9))
+    same(cuda_diff.cuda_diff(rows, 10**9), torch_diff(rows, 10**9))
 
 
 def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
@@ -172,7 +172,7 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
 
 
 def main() -> None:
-    kernels.TILE = 256  # the interpreter takes a tile as one step
+    kernels.TILE = cuda_diff.TILE = 256  # the interpreter takes a tile as one step
     small = (1, 5, 64, 300, 1000, 257)
     for dtype in DTYPES:
         check_diff(dtype, "cpu", small)

@@ -1,7 +1,7 @@
 """What changed between two copies of the weights: indices and values, compacted on the device.
 
 Bits are compared, not numbers: another NaN is a change, and so is −0.0 for 0.0. The reference is
-torch, tensor by tensor; on CUDA `kernels.py` reads both copies once, for all tensors in a launch.
+torch, tensor by tensor; on CUDA `cuda_diff.py` reads both copies once, for all tensors in a launch.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Diff:
 def diff(pairs: Sequence[Pair], capacity: int) -> list[Diff] | None:
     """The changes, tensors without any left out; None if more than `capacity` elements changed.
 
-    Blocking. Temporary memory: that of the changes (CUDA: of `capacity`), plus one tensor where
-    it must be rounded or made contiguous first.
+    Blocking. Temporary memory: that of the changes, on CUDA a bit per element, plus one tensor
+    where it must be rounded or made contiguous first.
     """
     groups: dict[tuple[torch.device, int, torch.dtype], list[Pair]] = {}
     for p in pairs:
@@ -47,7 +47,7 @@ def diff(pairs: Sequence[Pair], capacity: int) -> list[Diff] | None:
     out: list[Diff] = []
     for (device, *_), rows in groups.items():
         if device.type == "cuda":
-            from vllm_wt_plugin.sparse.kernels import cuda_diff as one
+            from vllm_wt_plugin.sparse.cuda_diff import cuda_diff as one
         else:
             one = torch_diff
         found = one(rows, capacity)

@@ -1,4 +1,4 @@
-"""Triton kernels for patches; `diff.py`, `scatter.py` and `checksum.py` are their references.
+"""Triton kernels for patches; `scatter.py` and `checksum.py` are their references.
 
 A program takes one tile of one tensor, so 400 tensors and 20,000 are the same few launches. What
 a program needs to know is a row of integers in a table on the device.
@@ -16,16 +16,14 @@ import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.checksum import Sum
-from vllm_wt_plugin.sparse.diff import Diff, Pair
-from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
+from vllm_wt_plugin.sparse.patch import Group
 from vllm_wt_plugin.sparse.scatter import Row, seeds
 
 TILE = 4096  # elements compared, summed or moved by one program
 C_INDEX, C_MIX = tl.constexpr(cs.C_INDEX), tl.constexpr(cs.C_MIX)
 C_LANE, C_HIGH = tl.constexpr(cs.C_LANE), tl.constexpr(cs.C_HIGH)
 READ, WRITE, UNDO = 0, 1, 2
-_WORD = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
-_FLOAT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+WORD_TYPE = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 # ---- what the kernels share ---------------------------------------------------------------
@@ -45,7 +43,7 @@ def _share(values, index, key, WIDE: tl.constexpr):  # type: ignore[no-untyped-d
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _lanes(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+def lanes(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The same for elements of SIZE bytes; 8-byte ones are two words at twice the index."""
     if SIZE == 8:
         a, b = _share(words.to(tl.uint32), index * 2, key, True)
@@ -59,7 +57,7 @@ def _lanes(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: 
 
 
 @triton.jit
-def _add(sums, entry, a, b):  # type: ignore[no-untyped-def]
+def add(sums, entry, a, b):  # type: ignore[no-untyped-def]
     tl.atomic_add(sums + entry * 2, tl.sum(a.to(tl.int32, bitcast=True)), sem="relaxed")
     tl.atomic_add(sums + entry * 2 + 1, tl.sum(b.to(tl.int32, bitcast=True)), sem="relaxed")
 
@@ -101,9 +99,9 @@ def _scatter(  # type: ignore[no-untyped-def]
             old = tl.load(dest + offset, mask=inside, other=0)
             tl.store(kept + at, old, mask=inside)
             if SUM:
-                a, b = _lanes(new, index, key, SIZE, WIDE)
-                c, d2 = _lanes(old, index, key, SIZE, WIDE)
-                _add(sums, entry, tl.where(inside, a - c, 0), tl.where(inside, b - d2, 0))
+                a, b = lanes(new, index, key, SIZE, WIDE)
+                c, d2 = lanes(old, index, key, SIZE, WIDE)
+                add(sums, entry, tl.where(inside, a - c, 0), tl.where(inside, b - d2, 0))
         else:
             value = new if MODE == 1 else tl.load(kept + at, mask=inside, other=0)
             tl.store(dest + offset, value, mask=inside)
@@ -118,7 +116,7 @@ class CudaScatter:
         self._size = group.values.element_size()
         self._wide = group.indices.dtype == torch.int64
         self._dims = max((len(r.dims) for own in rows for ly in own for r in ly), default=1)
-        self._tiles, self._grid = tiles(group.counts, device)
+        self._tiles, self._grid = tiles(group.counts, device, TILE)
         depth = max((len(own) for own in rows), default=0)
         self._layers = [self._tables([own[k] if k < len(own) else [] for own in rows])
                         for k in range(depth)]  # fmt: skip
@@ -146,11 +144,11 @@ class CudaScatter:
         kernel: Any = _scatter
         if not self._grid:
             return
-        with _on(g.values.device):
+        with on(g.values.device):
             for k, (entries, table) in enumerate(self._layers):
                 kernel[self._grid,](
                     entries, table, self._tiles, g.indices, g.values, self._kept[k], self._sums,
-                    MODE=mode, SUM=k == 0, DIMS=self._dims, WORD=_WORD[self._size],
+                    MODE=mode, SUM=k == 0, DIMS=self._dims, WORD=WORD_TYPE[self._size],
                     SIZE=self._size, WIDE=self._wide, TILE=TILE, num_warps=8,
                 )  # fmt: skip
 
@@ -164,144 +162,6 @@ class CudaScatter:
 
     def undo(self) -> None:
         self._launch(UNDO)
-
-
-# ---- diff ---------------------------------------------------------------------------------
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _diff(  # type: ignore[no-untyped-def]
-    table, tiles, cursor, found, at_index, at_new, at_old, capacity, SRC: tl.constexpr,
-    DST: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """table [n, 3]: addresses of new and old, elements. `found` [tiles, 2]: where in the staging
-    arrays this tile's changes are, and how many; in order within the tile, tiles in any order."""
-    program = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(tiles + program * 2) * 3
-    start = tl.load(tiles + program * 2 + 1)
-    lane = tl.arange(0, TILE)
-    at = start + lane
-    mask = at < tl.load(row + 2)
-    if SRC == DST:
-        new_at = tl.load(row).to(tl.pointer_type(WORD))
-        new = tl.load(new_at + at, mask=mask, other=0)
-    else:
-        wide_at = tl.load(row).to(tl.pointer_type(SRC))
-        new = tl.load(wide_at + at, mask=mask, other=0).to(DST).to(WORD, bitcast=True)
-    old_at = tl.load(row + 1).to(tl.pointer_type(WORD))
-    old = tl.load(old_at + at, mask=mask, other=0)
-    changed = mask & (new != old)
-    count = tl.sum(changed.to(tl.int32))
-    if count > 0:
-        base = tl.atomic_add(cursor, count.to(tl.int64), sem="relaxed")
-        tl.store(found + program * 2, base)
-        tl.store(found + program * 2 + 1, count.to(tl.int64))
-        to = base + tl.cumsum(changed.to(tl.int32), 0) - 1
-        fits = changed & (to < capacity)
-        tl.store(at_index + to, lane.to(tl.int16), mask=fits)
-        tl.store(at_new + to, new, mask=fits)
-        tl.store(at_old + to, old, mask=fits)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _collect(  # type: ignore[no-untyped-def]
-    tiles, keys, found, ends, at_index, at_new, at_old, indices, values, sums,
-    SIZE: tl.constexpr, WIDE: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """Each tile's changes from where `_diff` left them to their place in the patch."""
-    program = tl.program_id(0).to(tl.int64)
-    base, count = tl.load(found + program * 2), tl.load(found + program * 2 + 1)
-    if count > 0:
-        entry, start = tl.load(tiles + program * 2), tl.load(tiles + program * 2 + 1)
-        key = tl.load(keys + entry).to(tl.uint32)
-        to = tl.load(ends + program) - count
-        for i in range(0, count, BLOCK):
-            lane = i + tl.arange(0, BLOCK)
-            mask = lane < count
-            index = start + tl.load(at_index + base + lane, mask=mask, other=0).to(tl.int64)
-            new = tl.load(at_new + base + lane, mask=mask, other=0)
-            old = tl.load(at_old + base + lane, mask=mask, other=0)
-            tl.store(indices + to + lane, index.to(indices.dtype.element_ty), mask=mask)
-            tl.store(values + to + lane, new, mask=mask)
-            a, b = _lanes(new, index, key, SIZE, WIDE)
-            c, d = _lanes(old, index, key, SIZE, WIDE)
-            _add(sums, entry, tl.where(mask, a - c, 0), tl.where(mask, b - d, 0))
-
-
-def cuda_diff(pairs: Sequence[Pair], capacity: int) -> Diff | None:
-    """`diff.torch_diff` in two launches: one reads both copies once and stages the changes by
-    tile, the other puts the tiles in order. Pairs of one word and index width."""
-    device, size = pairs[0].new.device, pairs[0].old.element_size()
-    word, index = WORDS[size], index_dtype(pairs[0].spec.numel)
-    capacity = min(capacity, sum(p.spec.numel for p in pairs))
-    cursor = torch.zeros(1, dtype=torch.int64, device=device)
-    at_index = torch.empty(capacity, dtype=torch.int16, device=device)
-    at_new = torch.empty(capacity, dtype=word, device=device)
-    at_old = torch.empty(capacity, dtype=word, device=device)
-    counts = [p.spec.numel for p in pairs]
-    all_tiles, grid = tiles(counts, device)
-    found = torch.zeros(grid, 2, dtype=torch.int64, device=device)
-    news = [_comparable(p) for p in pairs]
-    by_dtype: dict[tuple[torch.dtype, torch.dtype], list[int]] = {}
-    for i, (p, new) in enumerate(zip(pairs, news, strict=True)):
-        same = new.dtype == p.old.dtype or new.dtype not in _FLOAT
-        by_dtype.setdefault((word, word) if same else (new.dtype, p.old.dtype), []).append(i)
-    kernel: Any = _diff
-    with _on(device):
-        for (src, dst), mine in by_dtype.items():
-            # Every launch sees all tensors; those of other dtypes have no elements in its table.
-            chosen = set(mine)
-            table = torch.tensor(
-                [
-                    [n.data_ptr(), p.old.data_ptr(), p.spec.numel if i in chosen else 0]
-                    for i, (p, n) in enumerate(zip(pairs, news, strict=True))
-                ],
-                device=device,
-            )
-            kernel[grid,](
-                table, all_tiles, cursor, found, at_index, at_new, at_old, capacity,
-                SRC=_FLOAT.get(src, _WORD[size]), DST=_FLOAT.get(dst, _WORD[size]),
-                WORD=_WORD[size], SIZE=size, TILE=TILE, num_warps=8,
-            )  # fmt: skip
-        total = int(cursor)
-        if total > capacity:
-            return None
-        return _ordered(pairs, (at_index, at_new, at_old), all_tiles, found, total, index)
-
-
-def _ordered(
-    pairs: Sequence[Pair], staged: tuple[torch.Tensor, ...], all_tiles: torch.Tensor,
-    found: torch.Tensor, total: int, index: torch.dtype,
-) -> Diff:  # fmt: skip
-    device, size = staged[1].device, staged[1].element_size()
-    indices = torch.empty(total, dtype=index, device=device)
-    values = torch.empty(total, dtype=staged[1].dtype, device=device)
-    sums = torch.zeros(len(pairs), 2, dtype=torch.int32, device=device)
-    ends = found[:, 1].cumsum(0)
-    keys = torch.tensor([cs.seed(p.spec.name) for p in pairs], device=device)
-    if total:
-        collect: Any = _collect
-        collect[found.shape[0],](
-            all_tiles, keys, found, ends, *staged, indices, values, sums,
-            SIZE=size, WIDE=index == torch.int64, BLOCK=256, num_warps=2,
-        )  # fmt: skip
-    last = _last_tiles([p.spec.numel for p in pairs]).to(device)
-    stops = ends[last].tolist()
-    counts = [b - a for a, b in zip([0, *stops], stops, strict=False)]
-    kept = [i for i, n in enumerate(counts) if n]
-    every = as_sums(sums)
-    group = Group(
-        tuple(pairs[i].spec for i in kept), tuple(counts[i] for i in kept), indices, values
-    )
-    return Diff(group, tuple(every[i] for i in kept))
-
-
-def _comparable(p: Pair) -> torch.Tensor:
-    """The new tensor, contiguous, in a dtype the kernel reads."""
-    new = p.new
-    if new.dtype != p.old.dtype and not {new.dtype, p.old.dtype} <= _FLOAT.keys():
-        new = new.to(p.old.dtype)
-    return new.contiguous()
 
 
 # ---- whole tensors ------------------------------------------------------------------------
@@ -332,8 +192,8 @@ def _whole(  # type: ignore[no-untyped-def]
         index += step * tl.load(dim + 1)
         offset += step * tl.load(dim + 2)
     words = tl.load(tl.load(row).to(tl.pointer_type(WORD)) + offset, mask=mask, other=0)
-    a, b = _lanes(words, index, tl.load(row + 3).to(tl.uint32), SIZE, WIDE)
-    _add(sums, entry, tl.where(mask, a, 0), tl.where(mask, b, 0))
+    a, b = lanes(words, index, tl.load(row + 3).to(tl.uint32), SIZE, WIDE)
+    add(sums, entry, tl.where(mask, a, 0), tl.where(mask, b, 0))
 
 
 def cuda_sums(parts: Sequence[tuple[int, Row]]) -> list[Sum]:
@@ -351,12 +211,12 @@ def cuda_sums(parts: Sequence[tuple[int, Row]]) -> list[Sum]:
             table.append([r.dest.data_ptr(), r.offset, r.numel, key, *pad, *flat])
         device = parts[mine[0]][1].dest.device
         counts = [parts[i][1].numel for i in mine]
-        all_tiles, grid = tiles(counts, device)
+        all_tiles, grid = tiles(counts, device, TILE)
         sums = torch.zeros(len(mine), 2, dtype=torch.int32, device=device)
-        with _on(device):
+        with on(device):
             whole[grid,](
-                torch.tensor(table, device=device), all_tiles, sums, DIMS=dims, WORD=_WORD[size],
-                SIZE=size, WIDE=max(counts) > 2**31, TILE=TILE, num_warps=8,
+                torch.tensor(table, device=device), all_tiles, sums, DIMS=dims,
+                WORD=WORD_TYPE[size], SIZE=size, WIDE=max(counts) > 2**31, TILE=TILE, num_warps=8,
             )  # fmt: skip
         for i, s in zip(mine, as_sums(sums), strict=True):
             out[i] = s
@@ -366,26 +226,21 @@ def cuda_sums(parts: Sequence[tuple[int, Row]]) -> list[Sum]:
 # ---- tables -------------------------------------------------------------------------------
 
 
-def tiles(counts: Sequence[int], device: torch.device) -> tuple[torch.Tensor, int]:
-    """(tensor, first element) of every tile, [n, 2] on the device, and n."""
+def tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch.Tensor, int]:
+    """(tensor, first element) of every tile of `size`, [n, 2] on the device, and n."""
     n = torch.tensor(counts, dtype=torch.int64)
-    per = (n + TILE - 1) // TILE
+    per = (n + size - 1) // size
     total = int(per.sum())
     per = per.to(device)
     which = torch.repeat_interleave(per, output_size=total)
     within = torch.arange(total, device=device) - (per.cumsum(0) - per)[which]
-    return torch.stack([which, within * TILE], 1), total
-
-
-def _last_tiles(counts: Sequence[int]) -> torch.Tensor:
-    n = torch.tensor(counts, dtype=torch.int64)
-    return ((n + TILE - 1) // TILE).cumsum(0) - 1
+    return torch.stack([which, within * size], 1), total
 
 
 def as_sums(lanes: torch.Tensor) -> list[Sum]:
     return [Sum(a & cs.MASK, b & cs.MASK) for a, b in lanes.tolist()]
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on(device: torch.device) -> AbstractContextManager[object]:
     """Launch there; on the CPU it is Triton's interpreter that runs, in tests."""
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()

@@ -16,8 +16,6 @@ from vllm_wt_plugin.sparse.scatter import Row, scatter
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.params import ParamSpec
 
-FEW = 0.01  # of all elements: where staging memory starts; it grows with what is found
-
 
 @dataclass(frozen=True)
 class Changes:
@@ -52,7 +50,6 @@ class Snapshot:
         self._stored, self._host = plan.stored, host
         self._whole = {} if plan.shadowed else plan.whole
         self._held: dict[str, torch.Tensor] = {}
-        self._capacity = 0
         self.retake(source)
 
     def retake(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -82,13 +79,7 @@ class Snapshot:
         """Compare bit by bit, on the device. None if more than the share `most` has changed."""
         now = {n: t.detach() for n, t in source}
         total = sum(t.numel() for t in now.values())
-        limit = int(most * total)
-        self._capacity = min(limit, max(self._capacity, int(FEW * total)))
-        pairs = [self._pair(n, t) for n, t in now.items()]
-        found = diff(pairs, self._capacity)
-        while found is None and self._capacity < limit:
-            self._capacity = min(limit, 4 * self._capacity + 1)
-            found = diff(pairs, self._capacity)
+        found = diff([self._pair(n, t) for n, t in now.items()], int(most * total))
         if found is None:
             return None
         groups = {
