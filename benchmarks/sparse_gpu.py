@@ -102,8 +102,11 @@ def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model
     snapshot = Snapshot(source, PlanReport(), host=False)
     flips.flip()
     found: list[Any] = []
-    with MemoryPeak() as memory:
-        result.add(f"diff {label}", timed(partial(_diff, found, snapshot, source), a.rounds))
+    result.add(f"diff {label}", timed(partial(_diff, found, snapshot, source), a.rounds))
+    found.clear()
+    torch.cuda.empty_cache()
+    with MemoryPeak() as memory:  # apart: its sampling takes the driver's lock
+        _diff(found, snapshot, source)
     result.facts[f"diff {label} memory MiB"] = memory.above >> 20
     changes: Changes = found[-1]
     result.facts[f"changed {label}"] = changes.changed
@@ -116,11 +119,13 @@ def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model
         while updates:
             updates.pop().undo()
 
+    result.add(
+        f"apply {label}", timed(lambda: updates.append(ours.apply(push, buffer)), a.rounds, back)
+    )
+    back()
+    torch.cuda.empty_cache()
     with MemoryPeak() as memory:
-        result.add(
-            f"apply {label}",
-            timed(lambda: updates.append(ours.apply(push, buffer)), a.rounds, back),
-        )
+        updates.append(ours.apply(push, buffer))
     result.facts[f"apply {label} memory MiB"] = memory.above >> 20
     after = ours.sums()
     back()
@@ -151,12 +156,14 @@ def theirs(result: Result, label: str, model: Any, changes: Changes, rounds: int
     )
 
     rows = patches(changes)
+
+    def load() -> None:
+        load_checkpoint_weight_patches(model, rows)
+        torch.cuda.synchronize()
+
+    result.add(f"vLLM's patch loader {label}", timed(load, rounds))
     with MemoryPeak() as memory:
-        result.add(
-            f"vLLM's patch loader {label}",
-            timed(lambda: (load_checkpoint_weight_patches(model, rows), torch.cuda.synchronize()),
-                  rounds),
-        )  # fmt: skip
+        load()
     result.facts[f"vLLM's patch loader {label} memory MiB"] = memory.above >> 20
 
 

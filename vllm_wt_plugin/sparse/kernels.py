@@ -46,8 +46,9 @@ def _share(values, index, key, WIDE: tl.constexpr):  # type: ignore[no-untyped-d
 def lanes(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
     """The same for elements of SIZE bytes; 8-byte ones are two words at twice the index."""
     if SIZE == 8:
-        a, b = _share(words.to(tl.uint32), index * 2, key, True)
-        c, d = _share((words >> 32).to(tl.uint32), index * 2 + 1, key, True)
+        twice = index.to(tl.int64) * 2  # a narrow index has no upper half to shift down
+        a, b = _share(words.to(tl.uint32), twice, key, True)
+        c, d = _share((words >> 32).to(tl.uint32), twice + 1, key, True)
         return a + c, b + d
     if SIZE == 4:
         return _share(words.to(tl.uint32, bitcast=True), index, key, WIDE)

@@ -138,6 +138,8 @@ class PatchUpdate:
     def _process(self, sent: dict[str, torch.Tensor]) -> None:
         shadowed = self._places.group_of(self._patched) - sent.keys()
         tensors = sent | {n: self._places.shadow[n] for n in shadowed}
+        if not tensors and not self._places.plan.late:
+            return  # every element is where it is computed with
         plan = self._places.plan.only(tensors)
         update = Update(self._host, plan)
         by_name = self._places.plan.by_name
