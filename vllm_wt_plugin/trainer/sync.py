@@ -30,9 +30,9 @@ from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
-from vllm_wt_plugin.wire.params import ParamSpec
 
-Specs = tuple[ParamSpec, ...]
+# What a dense push says: tensors and bytes, what became of each replica, seconds by phase.
+_Dense = tuple[int, int, list[ReplicaOutcome], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -111,15 +111,13 @@ class WeightSync:
         left = [c for c in self._clients if sent is None or c.name not in sent.outcomes]
         outcomes = {} if sent is None else dict(sent.outcomes)
         seconds = {} if sent is None else dict(sent.seconds)
-        specs = source.specs()
-        nbytes = 0 if sent is None else sent.nbytes
+        tensors, nbytes = (0, 0) if sent is None else (sent.tensors, sent.nbytes)
         if left:
             packed = self._packed or (self._packed is None and gathers(source))
             way = self._push_packed if packed else self._push_direct
-            dense, phases = way(source, specs, version, left)
+            tensors, nbytes, dense, phases = way(source, version, left)
             outcomes |= {o.name: o for o in dense}
             seconds |= phases
-            nbytes = sum(s.nbytes for s in specs)
         done = [outcomes[c.name] for c in self._clients]
         if mode == "dense":
             self._tracker.missed()
@@ -129,7 +127,7 @@ class WeightSync:
         return _checked(
             PushReport(
                 version=version,
-                tensors=len(specs),
+                tensors=tensors,
                 bytes=nbytes,
                 seconds=seconds,
                 replicas=tuple(done),
@@ -146,9 +144,7 @@ class WeightSync:
         plans = {c.name: self._plans.get(c.name) for c in self._clients}
         return verify({c.name: c.checksums() for c in self._clients}, plans, given)
 
-    def _push_direct(
-        self, source: Source, specs: Specs, version: str, clients: list[Client]
-    ) -> tuple[list[ReplicaOutcome], dict[str, float]]:
+    def _push_direct(self, source: Source, version: str, clients: list[Client]) -> _Dense:
         """The tensors' own memory, read by the workers."""
         start = time.perf_counter()
         export = self._export(source)
@@ -168,16 +164,16 @@ class WeightSync:
             self._last = None  # the shared memory is gone: the next push shares it anew
             self._exporter.forget()
         now = time.perf_counter()
-        return outcomes, {
+        seconds = {
             "export": exported - start,
             "stage": staged - exported,
             "request": now - staged,
         }
+        return len(registration.tensors), export.nbytes, outcomes, seconds
 
-    def _push_packed(
-        self, source: Source, specs: Specs, version: str, clients: list[Client]
-    ) -> tuple[list[ReplicaOutcome], dict[str, float]]:
+    def _push_packed(self, source: Source, version: str, clients: list[Client]) -> _Dense:
         """To one replica after another: a source that gathers is iterated once for each."""
+        specs = source.specs()
         if self._sender is None or self._sender.specs != specs:
             if self._sender is not None:
                 self._sender.close()
@@ -186,7 +182,7 @@ class WeightSync:
         if any(isinstance(o.error, HandleError) for o in outcomes):
             self._sender.close()  # the shared memory is gone: the next push makes it anew
             self._sender = None
-        return outcomes, {}
+        return len(specs), sum(s.nbytes for s in specs), outcomes, {}
 
     def _packed_one(
         self, c: Client, sender: PackedSender, source: Source, version: str

@@ -36,6 +36,7 @@ class Sent:
     """What went sparse: to these replicas, and how many bytes to each."""
 
     outcomes: dict[str, ReplicaOutcome]
+    tensors: int
     nbytes: int
     changed: float
     seconds: dict[str, float] = field(default_factory=dict)
@@ -68,10 +69,13 @@ class Tracker:
         outcome's table want a dense push: they were never tried, or refused in a way it heals."""
         self._changes = None
         ready = [c for c in clients if c.name in self._at]
-        if self._snapshot is None or not ready or not self._snapshot.fits(source.specs()):
+        if self._snapshot is None or not ready:
             return None
         start = time.perf_counter()
-        total = sum(s.numel for s in source.specs())
+        specs = source.specs()
+        if not self._snapshot.fits(specs):
+            return None
+        total = sum(s.numel for s in specs)
         most = self._cost.most(total) if mode == "auto" else 1.0
         changes = self._snapshot.changes(source, most)
         if changes is None:
@@ -89,7 +93,8 @@ class Tracker:
         self._changes = changes
         now = time.perf_counter()
         seconds = {"diff": compared - start, "pack": loaded - compared, "request": now - loaded}
-        return Sent(outcomes, changes.bytes, changes.changed / max(changes.total, 1), seconds)
+        share = changes.changed / max(changes.total, 1)
+        return Sent(outcomes, len(specs), changes.bytes, share, seconds)
 
     def _one(self, c: Client, sender: PatchSender) -> ReplicaOutcome | None:
         try:
