@@ -24,6 +24,8 @@ def started(out: Path, name: str = "rl_loop.py") -> Iterator[subprocess.Popen[st
     demo = subprocess.Popen(
         [sys.executable, str(EXAMPLES / name), "--out", str(out)],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        # Whoever runs the tests in the background has them ignore SIGINT, and children inherit it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     with demo:
         try:
