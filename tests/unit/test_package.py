@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "__init__.py": {".errors", ".trainer", ".bridge"},
     "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
+    "sparse/cuda_diff.py": {".sparse", "torch", "triton"},
     "sparse/kernels.py": {".sparse", "torch", "triton"},
     "sparse/*": {".errors", ".wire", ".sparse", "torch"},
     "transport/*": {".errors", ".wire", ".transport", "torch"},
