@@ -82,7 +82,7 @@ class Applied:
         return update
 
     def sums(self) -> dict[str, Any]:
-        return dict(self.session.known.newest_places().sums_of([]))
+        return dict(self.session.known.places_for().sums_of([]))
 
 
 def loaded(changes: Changes) -> tuple[PatchPush, torch.Tensor]:

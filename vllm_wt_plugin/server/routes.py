@@ -59,9 +59,7 @@ async def push_patches(request: Request, control: EngineControl) -> dict[str, An
 async def weight_checksums(request: Request, control: EngineControl) -> dict[str, Any]:
     """Checksums of what each rank holds, by name and part; reads every weight."""
     body = msg.decode(_names, await request.body() or b"{}")
-    replies = await control.call(msg.Sums(body.names))
-    exchange.agree(replies)
-    return {"version": replies[0].state.version, "ranks": [r.info["sums"] for r in replies]}
+    return _told(exchange.held(await control.call(msg.Sums(body.names, body.specs)), body.specs))
 
 
 async def start_weight_update(request: Request, control: EngineControl) -> dict[str, Any]:
@@ -182,8 +180,8 @@ async def _status(control: EngineControl) -> dict[str, Any]:
     }
 
 
-def _told(outcome: exchange.Outcome) -> dict[str, Any]:
-    data: dict[str, Any] = msgspec.to_builtins(outcome)
+def _told(result: exchange.Outcome | exchange.Held) -> dict[str, Any]:
+    data: dict[str, Any] = msgspec.to_builtins(result)
     return data
 
 

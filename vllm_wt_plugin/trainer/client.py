@@ -17,8 +17,9 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.exchange import Outcome
-from vllm_wt_plugin.wire.patches import Part, PatchPush
+from vllm_wt_plugin.wire.exchange import Held, Outcome
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import PatchPush
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +31,7 @@ class Client(Protocol):
 
     def push(self, request: msg.PushRequest | PatchPush) -> Outcome: ...
 
-    def checksums(self) -> list[dict[str, list[Part]]]: ...
+    def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held: ...
 
     def status(self) -> dict[str, Any]: ...
 
@@ -62,10 +63,9 @@ class HTTPClient:
         path = "/push_patches" if isinstance(request, PatchPush) else "/push_weights"
         return msgspec.convert(self._call("POST", path, request), Outcome)
 
-    def checksums(self) -> list[dict[str, list[Part]]]:
-        """What each rank's weights add up to, by name and part (`wire/patches.py`)."""
-        ranks = self.post("/weight_checksums", {})["ranks"]
-        return msgspec.convert(ranks, list[dict[str, list[Part]]])
+    def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
+        """What each rank's weights add up to; of these tensors, or those of the last update."""
+        return msgspec.convert(self.post("/weight_checksums", {"specs": specs}), Held)
 
     def status(self) -> dict[str, Any]:
         return self._call("GET", "/weight_transfer_status")
@@ -158,10 +158,8 @@ class LLMClient:
                 next_step="use `vllm serve --data-parallel-size`, and its URL",
             )
 
-    def checksums(self) -> list[dict[str, list[Part]]]:
-        replies = self._call(msg.Sums())
-        exchange.agree(replies)
-        return msgspec.convert([r.info["sums"] for r in replies], list[dict[str, list[Part]]])
+    def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
+        return exchange.held(self._call(msg.Sums(specs=specs)), specs)
 
     def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
         if isinstance(request, PatchPush):

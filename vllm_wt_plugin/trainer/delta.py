@@ -50,6 +50,7 @@ class Snapshot:
         self._stored, self._host = plan.stored, host
         self._whole = {} if plan.shadowed else plan.whole
         self._held: dict[str, torch.Tensor] = {}
+        self._doubtful: frozenset[str] = frozenset()
         self.retake(source)
 
     def retake(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
@@ -59,6 +60,11 @@ class Snapshot:
             if name not in self._held:
                 self._held[name] = self._empty(t, dtype)
             self._held[name].copy_(t.detach())
+        self._doubtful = frozenset()
+
+    def doubt(self, names: Iterable[str]) -> None:
+        """The engines may hold something else under these: the next changes bring them whole."""
+        self._doubtful = frozenset(self._whole.keys() & set(names))
 
     def _dtype(self, name: str, t: torch.Tensor) -> torch.dtype:
         stored = self._stored.get(name)
@@ -82,9 +88,8 @@ class Snapshot:
         found = diff([self._pair(n, t) for n, t in now.items()], int(most * total))
         if found is None:
             return None
-        groups = {
-            self._whole[s.name] for d in found for s in d.group.specs if s.name in self._whole
-        }
+        changed = {s.name for d in found for s in d.group.specs} | self._doubtful
+        groups = {self._whole[n] for n in changed if n in self._whole}
         whole = tuple(
             (_spec(n, t), t) for n, t in now.items() if self._whole.get(n) in groups and groups
         )
@@ -106,6 +111,7 @@ class Snapshot:
             writing = scatter(d.group, rows)
             writing.read()
             writing.write()
+        self._doubtful = frozenset()
 
     def first(self) -> ParamSpec:
         """Any tensor that takes patches: what an update without changes names."""

@@ -17,6 +17,7 @@ from vllm_wt_plugin.errors import (
     HandleError,
     RequestError,
     UnknownRegistration,
+    VersionMismatch,
     WeightSyncError,
 )
 from vllm_wt_plugin.trainer.client import Client, HTTPClient, LLMClient, client_for
@@ -27,9 +28,11 @@ from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
 from vllm_wt_plugin.trainer.verify import verify
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.memory import MemoryExporter
-from vllm_wt_plugin.wire.exchange import Outcome
+from vllm_wt_plugin.wire.exchange import Held, Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
+
+AT_ONCE = 64  # replicas that are pushed to at a time
 
 # What a dense push says: tensors and bytes, what became of each replica, seconds by phase.
 _Dense = tuple[int, int, list[ReplicaOutcome], dict[str, float]]
@@ -68,14 +71,13 @@ class WeightSync:
         targets = list(target) if isinstance(target, (list, tuple)) else [target]
         if not targets:
             raise RequestError("no target", next_step="give at least one server")
-        token = os.environ.get("WT_TOKEN") if token is None else token
-        self._clients: list[Client] = [
-            client_for(t, token=token, timeout_s=timeout_s) for t in targets
-        ]
+        self._token = os.environ.get("WT_TOKEN") if token is None else token
+        self._timeout_s = timeout_s
+        self._clients = [self._client(t) for t in targets]
         in_process = all(_in_process(c) for c in self._clients)
         self._exporter = MemoryExporter() if in_process else Exporter()
         self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
-        self._pool = ThreadPoolExecutor(len(self._clients), thread_name_prefix="weight-sync")
+        self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weight-sync")
         self._packed, self._buffer_bytes = packed, buffer_bytes
         self._sender: PackedSender | None = None
         self._known: dict[str, str] = {}  # replica → the registration it holds
@@ -87,6 +89,29 @@ class WeightSync:
         )
         self._pushes = 0
         self._closed = False
+
+    def _client(self, target: Any) -> Client:
+        return client_for(target, token=self._token, timeout_s=self._timeout_s)
+
+    def add(self, target: str) -> None:
+        """From now on push to this server too; its first push is dense, whatever the mode.
+
+        A server of the list that is restarted, or starts late, needs no `add`: it is noticed.
+        """
+        client = self._client(target)
+        if any(c.name == client.name for c in self._clients):
+            raise RequestError("this replica is in the list", where=client.name)
+        self._clients.append(client)
+
+    def remove(self, target: str) -> None:
+        """Push to this server no more; it keeps the weights it has."""
+        client = next((c for c in self._clients if c.name == target.rstrip("/")), None)
+        if client is None or len(self._clients) == 1:
+            raise RequestError("not in the list, or the last of it", where=target)
+        self._clients.remove(client)
+        self._known.pop(client.name, None)
+        self._plans.pop(client.name, None)
+        client.close()
 
     def push(
         self, source: Any, version: str | int | None = None, *, mode: Mode = "dense"
@@ -141,8 +166,32 @@ class WeightSync:
         if source is None and self._source is None:
             raise RequestError("nothing was pushed yet", next_step="push, or give a source")
         given = self._as_source(source if source is not None else self._source[0])  # type: ignore[index]
-        plans = {c.name: self._plans.get(c.name) for c in self._clients}
-        return verify({c.name: c.checksums() for c in self._clients}, plans, given)
+        return verify(self._held(given), given)
+
+    def adopt(self, source: Any) -> VerifyReport:
+        """Go on from weights that the replicas hold already: a trainer that was restarted, a
+        checkpoint they were started from. The next push in mode "sparse" or "auto" then sends
+        what differs from `source`. Blocking: compares checksums, as `verify`; tensors that no
+        checksum reaches are sent in full once. Raises VersionMismatch naming what differs.
+        """
+        given = self._as_source(source)
+        held = self._held(given)
+        found = verify(held, given)
+        for replica, names in found.differ.items():
+            if names:
+                raise VersionMismatch(
+                    f"version {held[replica].version!r} is not this source: {len(names)} tensors "
+                    f"differ: {', '.join(names[:20])}",
+                    where=replica,
+                    next_step="push dense",
+                )
+        self._plans |= {name: h.report for name, h in held.items()}
+        self._tracker.adopt(given, held, {n for names in found.unseen.values() for n in names})
+        return found
+
+    def _held(self, source: Source) -> dict[str, Held]:
+        specs = source.specs()
+        return {c.name: c.checksums(specs) for c in self._clients}
 
     def _push_direct(self, source: Source, version: str, clients: list[Client]) -> _Dense:
         """The tensors' own memory, read by the workers."""

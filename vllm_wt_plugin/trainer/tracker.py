@@ -7,7 +7,7 @@ settle: what a dense push to those others brought, and the snapshot of it all
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -24,6 +24,7 @@ from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.report import ReplicaOutcome
 from vllm_wt_plugin.trainer.source import Source
 from vllm_wt_plugin.transport.layout import BaseExporter
+from vllm_wt_plugin.wire.exchange import Held
 from vllm_wt_plugin.wire.messages import PlanReport
 
 Mode = Literal["dense", "auto", "sparse"]
@@ -63,6 +64,14 @@ class Tracker:
         self._sender: PatchSender | None = None
         self._cost = Cost()
         self._changes: Changes | None = None
+
+    def adopt(self, source: Source, held: Mapping[str, Held], unseen: Collection[str]) -> None:
+        """`source` is what these replicas hold, but for `unseen`, which nobody could compare."""
+        first = next(iter(held.values()))
+        self._plan, self._version = first.report, first.version
+        self._snapshot = Snapshot(source, first.report, host=self._where == "host")
+        self._snapshot.doubt(unseen)
+        self._at = self._alike({n for n, h in held.items() if h.version == first.version})
 
     def push(self, source: Source, version: str, mode: Mode, clients: list[Client]) -> Sent | None:
         """Send what changed to every replica that holds the last push. Those that are not in the
@@ -139,10 +148,15 @@ class Tracker:
         else:
             self._snapshot.retake(source)
         self._version = version
-        same = (plan.stored, plan.whole, plan.shadowed)
-        self._at = {
-            n for n in good
-            if (p := self._plans.get(n)) is not None and (p.stored, p.whole, p.shadowed) == same
+        self._at = self._alike(good)
+
+    def _alike(self, names: Iterable[str]) -> set[str]:
+        """Those that take the same patches as the replica whose plan the snapshot goes by."""
+        plan = self._plan
+        return {
+            n for n in names
+            if plan is not None and (p := self._plans.get(n)) is not None
+            and (p.stored, p.whole, p.shadowed) == (plan.stored, plan.whole, plan.shadowed)
         }  # fmt: skip
 
     def missed(self) -> None:

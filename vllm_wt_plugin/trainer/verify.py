@@ -10,28 +10,25 @@ from vllm_wt_plugin.sparse.checksum import Sum, checksum, seed
 from vllm_wt_plugin.sparse.patch import WORDS
 from vllm_wt_plugin.sparse.scatter import Row
 from vllm_wt_plugin.trainer.report import VerifyReport
-from vllm_wt_plugin.wire.messages import PlanReport
-from vllm_wt_plugin.wire.patches import Part, added_up
+from vllm_wt_plugin.wire.exchange import Held
+from vllm_wt_plugin.wire.patches import added_up
 
 
 def verify(
-    replicas: Mapping[str, list[dict[str, list[Part]]]],
-    plans: Mapping[str, PlanReport | None],
-    source: Iterable[tuple[str, torch.Tensor]],
+    replicas: Mapping[str, Held], source: Iterable[tuple[str, torch.Tensor]]
 ) -> VerifyReport:
-    """`replicas`: what each rank of each replica adds up to. Reads every tensor of `source`, in
-    each dtype that an engine holds it in."""
+    """Compare what replicas hold with `source`: reads every tensor of it, in each dtype that an
+    engine holds it in."""
     differ: dict[str, list[str]] = {r: [] for r in replicas}
     unseen: dict[str, list[str]] = {r: [] for r in replicas}
     for name, t in source:
         own: dict[str, Sum] = {}
-        for replica, ranks in replicas.items():
-            found = added_up(ranks, name)
+        for replica, held in replicas.items():
+            found = added_up(held.ranks, name)
             if found is None:
                 unseen[replica].append(name)
                 continue
-            plan = plans.get(replica)
-            dtype = plan.stored.get(name, "") if plan is not None else ""
+            dtype = held.report.stored.get(name, "")
             if dtype not in own:
                 own[dtype] = whole(name, t.to(getattr(torch, dtype)) if dtype else t)
             if found != tuple(own[dtype]):

@@ -15,11 +15,13 @@ from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
+
 from vllm_wt_plugin.errors import PlanError, TransferError, WeightSyncError, from_dict
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import PatchPush, wrong_sums
+from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
 
 
 @dataclass(frozen=True)
@@ -74,6 +76,15 @@ class Outcome:
     seconds: dict[str, float]  # the slowest rank's, by phase
     report: PlanReport | None
     session: str = ""  # of an update that is open now
+
+
+@dataclass(frozen=True)
+class Held:
+    """What the weights of one replica add up to. `ranks`: {name: parts} of each."""
+
+    version: str
+    report: PlanReport
+    ranks: list[dict[str, list[Part]]]
 
 
 Steps = Generator[Action, Any, Outcome]
@@ -280,6 +291,13 @@ def _undo(
     elif resume and all(r.state.phase == "IDLE" and not r.state.asleep for r in replies):
         yield Resume()
     return replies
+
+
+def held(replies: list[Reply], specs: Iterable[ParamSpec]) -> Held:
+    """The replies to `Sums`, together. Raises as `agree`."""
+    agree(replies, specs)
+    ranks = msgspec.convert([r.info["sums"] for r in replies], list[dict[str, list[Part]]])
+    return Held(replies[0].state.version, replies[0].report or PlanReport(), ranks)
 
 
 def agree(replies: list[Reply], specs: Iterable[ParamSpec] = ()) -> PlanReport | None:

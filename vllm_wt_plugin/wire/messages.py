@@ -16,6 +16,7 @@ PROTOCOL = 1
 LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
 
 Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
+Specs = Annotated[tuple[ParamSpec, ...], msgspec.Meta(max_length=2**20)]
 Session = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]  # "": the open one
 
 
@@ -133,6 +134,7 @@ class AbortBody(_Data, frozen=True):
 
 class NamesBody(_Data, frozen=True):
     names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []  # empty: all
+    specs: Specs = ()  # whose plan to go by; empty: that of the last update
 
 
 class VersionBody(_Data, frozen=True):
@@ -178,9 +180,11 @@ class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):
 
 
 class Sums(_Verb, frozen=True, tag="sums"):
-    """Checksums of everything this rank holds of a registration's names; reads only."""
+    """Checksums of everything this rank holds of a plan's names (of `specs`, else of the last
+    update), and the plan's report; reads only."""
 
     names: list[str] = []  # empty: all
+    specs: tuple[ParamSpec, ...] = ()
 
 
 class Announce(_Verb, frozen=True, tag="announce"):

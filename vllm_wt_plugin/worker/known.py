@@ -85,10 +85,17 @@ class Known:
                 return self._places_of(plan), False
         return self._places_of(self.plan(specs, complete=False)), True
 
-    def newest_places(self) -> Places:
-        """Of the plan that was used last. Raises NoUpdate before the first update."""
+    def places_for(self, specs: tuple[ParamSpec, ...] = ()) -> Places:
+        """To read: of these tensors, or of the plan that was used last. Raises NoUpdate where
+        there is none, RequestError, PlanError."""
+        if specs:
+            check_specs(specs)
+            return self.places(specs)[0]
         if not self._plans:
-            raise NoUpdate("nobody has pushed yet: there is no plan", next_step="push dense first")
+            raise NoUpdate(
+                "nobody has pushed yet: there is no plan",
+                next_step="push dense first, or say which tensors: `specs`",
+            )
         return self._places_of(next(reversed(self._plans.values())))
 
     def _places_of(self, plan: LoadPlan) -> Places:

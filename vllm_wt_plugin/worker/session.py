@@ -112,7 +112,9 @@ class WorkerSession:
             case msg.PreparePatches():
                 self.prepare_patches(verb, out)
             case msg.Sums():
-                out.info["sums"] = self.known.newest_places().sums_of(verb.names)
+                self._awake()
+                places = self.known.places_for(verb.specs)
+                out.info["sums"], out.report = places.sums_of(verb.names), places.plan.report
             case msg.Announce():
                 self.announce(verb, out)
             case msg.Bucket():

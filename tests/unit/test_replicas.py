@@ -1,0 +1,235 @@
+"""Several replicas on toy models: who joins late, restarts or is gone, and what is sent to whom.
+
+What counts: after a push every replica that took it serves the trainer's bits, and those that
+held the last push were sent changes alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.unit import toys
+from tests.unit.test_session import Trainer, Worker
+from tests.unit.toys import same_bits
+from vllm_wt_plugin.errors import (
+    EngineDirty,
+    PlanError,
+    RequestError,
+    ServerUnreachable,
+    VersionMismatch,
+)
+from vllm_wt_plugin.trainer import sync as module
+from vllm_wt_plugin.trainer.sync import WeightSync
+from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import PatchPush
+
+
+class Replica:
+    """A `Client` of a toy worker, which can be down, and restarts with the weights of seed 1."""
+
+    def __init__(self, name: str) -> None:
+        self.name, self.up = name, True
+        self.restart()
+
+    def restart(self) -> None:
+        self.worker = Worker()
+        self.worker.session.known.keeps_shadow = True
+        self.sparse: list[bool] = []  # of every push that arrived
+
+    def push(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
+        self._reach()
+        done = exchange.run(exchange.push(request), self._perform)
+        self.sparse.append(isinstance(request, PatchPush))
+        return done
+
+    def _perform(self, action: exchange.Action) -> Any:
+        match action:
+            case exchange.Call():
+                return [self.worker.call(*action.verbs)]
+            case exchange.IsPaused():
+                return False
+
+    def _reach(self) -> None:
+        if not self.up:
+            raise ServerUnreachable("connection refused", where=self.name)
+
+    def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> exchange.Held:
+        self._reach()
+        return exchange.held([self.worker.call(msg.Sums(specs=specs))], specs)
+
+    def status(self) -> dict[str, Any]:
+        return {}
+
+    def shutdown(self) -> None:
+        self._reach()
+
+    def close(self) -> None:
+        pass
+
+    def serves(self, tensors: dict[str, torch.Tensor], version: str) -> bool:
+        state = self.worker.session.state()
+        want = toys.ToyHost(self.worker.kind())
+        want.first_load([(n, t.clone()) for n, t in tensors.items()])
+        a, b = toys.live_tensors(self.worker.host.model), toys.live_tensors(want.model)
+        same = all(same_bits(a[n], b[n]) for n in b)
+        return (state.phase, state.version, same) == ("IDLE", version, True)
+
+
+class Run:
+    """A trainer's tensors, its replicas, and pushes of small changes to them."""
+
+    def __init__(self, *replicas: Replica) -> None:
+        self.replicas = replicas
+        self.tensors = Trainer(2).tensors
+        self.sync = WeightSync(list(replicas), token="")
+        self.step = 0
+
+    def train(self) -> None:
+        for t in self.tensors.values():
+            t.view(-1)[self.step % t.numel()] += 1
+
+    def push(self, mode: Any = "sparse") -> None:
+        self.step += 1
+        self.train()
+        self.sync.push(self.tensors, self.step, mode=mode)
+
+    def all_serve(self) -> bool:
+        return all(r.serves(self.tensors, str(self.step)) for r in self.replicas)
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    monkeypatch.setattr(module, "client_for", lambda target, **_: target)
+    made = Run(Replica("one"), Replica("two"))
+    yield made
+    made.sync.close()
+
+
+def test_a_replica_that_restarts_gets_everything_once_then_changes(run: Run) -> None:
+    one, two = run.replicas
+    for _ in range(3):
+        run.push()
+    assert one.sparse == two.sparse == [False, True, True]
+    two.restart()
+    for _ in range(3):
+        run.push()
+        assert run.all_serve()
+    assert one.sparse == [False, True, True, True, True, True]
+    assert two.sparse == [False, True, True]
+
+
+def test_a_restart_is_noticed_though_the_version_is_the_same(run: Run) -> None:
+    """Versions are the trainer's to choose, so they prove nothing: the bits do."""
+    run.push()
+    run.replicas[1].restart()
+    run.replicas[1].worker.ok(msg.SetVersion("1"))
+    run.push()
+    assert run.all_serve()
+    assert run.replicas[1].sparse == [False]
+
+
+def test_a_replica_that_is_down_fails_the_push_and_the_others_take_it(run: Run) -> None:
+    one, two = run.replicas
+    two.up = False
+    for _ in range(3):
+        with pytest.raises(ServerUnreachable) as failed:
+            run.push()
+        assert [r.error is None for r in failed.value.report.replicas] == [True, False]
+    assert one.serves(run.tensors, "3")
+    assert one.sparse == [False, True, True]
+    two.up = True  # it starts late
+    run.push()
+    run.push()
+    assert run.all_serve()
+    assert two.sparse == [False, True]
+
+
+def test_dense_pushes_find_a_restarted_replica_too(run: Run) -> None:
+    run.push("dense")
+    run.replicas[0].restart()
+    run.push("dense")
+    assert run.all_serve()
+
+
+def test_added_and_removed(run: Run) -> None:
+    run.push()
+    third = Replica("three")
+    run.sync.add(third)  # type: ignore[arg-type]
+    run.replicas = (*run.replicas, third)
+    run.push()
+    run.push()
+    assert run.all_serve()
+    assert third.sparse == [False, True]
+    with pytest.raises(RequestError, match="in the list"):
+        run.sync.add(third)  # type: ignore[arg-type]
+    run.sync.remove("two")
+    run.push()
+    assert run.replicas[1].serves(run.tensors, "4") is False
+    assert third.serves(run.tensors, "4")
+    with pytest.raises(RequestError, match="not in the list"):
+        run.sync.remove("two")
+
+
+# ---- verify and adopt without having pushed -------------------------------------------------
+
+
+def test_verify_of_what_nobody_pushed(run: Run) -> None:
+    """The toys were started from seed 1; processed tensors have no copy to compare yet."""
+    start = Trainer(1).tensors
+    found = run.sync.verify(start)
+    assert found.ok
+    assert set(found.unseen["one"]) < start.keys()
+    name = next(n for n in start if n not in found.unseen["one"])
+    start[name].view(-1)[0] += 1
+    assert run.sync.verify(start).differ == {"one": [name], "two": [name]}
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_adopted_weights_are_patched(run: Run, shadow: bool) -> None:
+    """A trainer that starts anew on a checkpoint the replicas hold sends changes alone; what no
+    checksum reaches is sent in full once, and is right even if it was something else."""
+    run.push()
+    for r in run.replicas:
+        r.worker.session.known.keeps_shadow = shadow
+        if not shadow:
+            r.restart()
+            r.worker.session.known.keeps_shadow = False
+    base = run.tensors if shadow else Trainer(1).tensors
+    run.tensors = {n: t.clone() for n, t in base.items()}
+    again = WeightSync(list(run.replicas), token="")
+    found = again.adopt(base)
+    assert bool(found.unseen["one"]) is not shadow
+    for name in found.unseen["one"]:  # the engine may hold anything there
+        run.tensors[name] += 1
+        base[name] += 1
+    run.train()
+    report = again.push(run.tensors, "next", mode="sparse")
+    assert report.changed is not None
+    assert [r.sparse[-1] for r in run.replicas] == [True, True]
+    assert all(r.serves(run.tensors, "next") for r in run.replicas)
+    again.close()
+
+
+def test_what_is_not_held_cannot_be_adopted(run: Run) -> None:
+    run.push()
+    other = Trainer(3).tensors
+    with pytest.raises(VersionMismatch, match="version '1' is not this source"):
+        run.sync.adopt(other)
+    with pytest.raises(PlanError, match="loader does not take"):
+        run.sync.adopt({"no.such.weight": torch.zeros(3)})
+    assert run.all_serve()
+
+
+def test_dirty_weights_are_healed_by_the_next_push_whatever_its_mode(run: Run) -> None:
+    run.push()
+    run.replicas[0].worker.ok(msg.MarkDirty("mixed"))
+    with pytest.raises(EngineDirty):
+        run.replicas[0].worker.session.state().check_resumable()
+    run.push()
+    assert run.all_serve()
