@@ -37,6 +37,10 @@ MAY_IMPORT = {
     },
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},
     "bridge/*": {".errors", ".wire", ".transport", ".trainer", ".bridge", "torch", "msgspec"},
+    "cli/*": {
+        ".errors", ".wire", ".transport", ".trainer", ".server.access", ".cli", "torch", "msgspec",
+        "typer", "rich",
+    },
     "server/*": {".errors", ".wire", ".server", "._vllm", "msgspec", "fastapi", "starlette"},
     "worker/plan/kernels.py": {".worker.plan", "torch", "triton"},
     "worker/plan/*": {".errors", ".wire", ".worker.plan", "torch"},
