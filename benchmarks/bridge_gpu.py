@@ -2,42 +2,34 @@
 
     python -m benchmarks.bridge_gpu --shape 8b --out benchmarks/results [--rounds 10]
 
-Two engines with dummy weights start from the same pushed ones. One trains through the bridge: its
-own tensors are the trainer's parameters. The other gets a push after each step of a trainer that
-has a copy. Gradients are random and the same for both, so that both must end with the same
-tokens. Times of one optimiser step with the weights live at its end, in ms.
+One engine with dummy weights. First a trainer with a copy trains and pushes after each step; then,
+from the same weights on, one whose parameters are the engine's own tensors. Gradients are random
+and the same for both, so that both must end with the same tokens. Times of one optimiser step with
+the weights live at its end, in ms. As many layers as five copies (engine, trainer, gradients,
+AdamW's two states) fit.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
-import statistics as st
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks import engines, shapes
+from benchmarks.gpu_memory import opened, used
 from benchmarks.result import Result
 from vllm_wt_plugin import WeightSync
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
-from vllm_wt_plugin.transport.cuda import _allocation
 
-
-def opened(model: Any) -> int:
-    """Bytes of the allocations that the parameters' handles open: more than the weights, where
-    vLLM's allocator has put other things beside them."""
-    found = {_allocation(p.data_ptr(), 0, "") for p in model.parameters()}
-    return sum(size for _, size in found)
-
-
-def used() -> int:
-    free, total = torch.cuda.mem_get_info()
-    return total - free
+SPARE = 6 << 30  # bytes beside the five copies
+BRIDGE, PUSH = "ours, bridge: step, weights live", "ours, copy: step and push"
+STEP = "floor: the optimiser's step alone"
 
 
 class Trainer:
@@ -77,7 +69,36 @@ class Trainer:
         torch.cuda.empty_cache()
 
 
-def through_the_bridge(result: Result, folder: Path, url: str, rounds: int) -> None:
+def with_a_copy(result: Result, folder: Path, url: str, rounds: int) -> list[int]:
+    """Step and push; the engine's tokens at the end. Leaves the engine with the first weights."""
+    model = shapes.trainer_model(folder, "cuda")
+    trainer = Trainer(model)
+    phases: list[dict[str, float]] = []
+
+    with WeightSync(url) as sync:
+        sync.push(model)
+
+        def step() -> None:
+            start = time.perf_counter()
+            trainer.optimizer.step()
+            torch.cuda.synchronize()
+            now = time.perf_counter()
+            sync.push(model)
+            phases.append({"step": (now - start) * 1e3,
+                           "push": (time.perf_counter() - now) * 1e3})  # fmt: skip
+
+        result.add(PUSH, trainer.timed(rounds, step))
+        result.add_phases(PUSH, phases[2:])
+        tokens = engines.tokens(url)
+        result.add(STEP, trainer.timed(rounds, trainer.optimizer.step))
+        trainer.close()
+        shapes.fill(model)
+        sync.push(model)
+    return tokens
+
+
+def through_the_bridge(result: Result, folder: Path, url: str, rounds: int) -> list[int]:
+    torch.cuda.empty_cache()
     config = BridgeConfig(model_name=str(folder), device="cuda:0", vllm_api_url=url)
     start, device = torch.cuda.memory_allocated(), used()
     begin = time.perf_counter()
@@ -85,23 +106,15 @@ def through_the_bridge(result: Result, folder: Path, url: str, rounds: int) -> N
         model = bridge.get_trainable_model()
         result.facts["attach, s"] = round(time.perf_counter() - begin, 2)
         where = [p.data_ptr() for p in model.parameters()]
-        nbytes = sum(p.nbytes for p in model.parameters())
-        result.facts["parameters, bytes"] = nbytes
+        result.facts["parameters, bytes"] = sum(p.nbytes for p in model.parameters())
         result.facts["opened by their handles, bytes"] = opened(model)
-        result.facts["trainer's memory for them, MiB"] = round(
-            (torch.cuda.memory_allocated() - start) / 2**20, 2
-        )
+        mib = round((torch.cuda.memory_allocated() - start) / 2**20, 2)
+        result.facts["trainer's memory for them, MiB"] = mib
         result.facts["device memory for them, MiB"] = (used() - device) >> 20
         trainer = Trainer(model)
+        phases: list[dict[str, float]] = []
 
         def step() -> None:
-            with bridge.update():
-                trainer.optimizer.step()
-
-        result.add("ours, bridge: step, weights live", trainer.timed(rounds, step))
-        phases: dict[str, list[float]] = {"enter": [], "step": [], "leave": []}
-        for _ in range(rounds):
-            trainer.gradients()
             marks = [time.perf_counter()]
             with bridge.update():
                 marks.append(time.perf_counter())
@@ -109,14 +122,15 @@ def through_the_bridge(result: Result, folder: Path, url: str, rounds: int) -> N
                 torch.cuda.synchronize()
                 marks.append(time.perf_counter())
             marks.append(time.perf_counter())
-            for name, a, b in zip(phases, marks, marks[1:], strict=False):
-                phases[name].append((b - a) * 1e3)
-        result.phases["ours, bridge: step, weights live"] = {
-            name: round(st.median(v), 3) for name, v in phases.items()
-        }
+            ms = [(b - a) * 1e3 for a, b in itertools.pairwise(marks)]
+            phases.append(dict(zip(("enter", "step", "leave"), ms, strict=True)))
+
+        result.add(BRIDGE, trainer.timed(rounds, step))
+        result.add_phases(BRIDGE, phases[2:])
         result.facts["base addresses moved"] = [p.data_ptr() for p in model.parameters()] != where
+        tokens = engines.tokens(url)
         trainer.close()
-        del model
+    return tokens
 
 
 def main() -> None:
@@ -126,57 +140,34 @@ def main() -> None:
     ap.add_argument("--own-segments", action="store_true", help="serve with WT_OWN_SEGMENTS=1")
     ap.add_argument("--out", type=Path, required=True)
     a = ap.parse_args()
-    a.out.mkdir(parents=True, exist_ok=True)
-    folder = shapes.folder(a.shape, Path(f"/tmp/wt-bench-bridge-{a.shape}"))
+    most = shapes.SHAPES[a.shape]["num_hidden_layers"]
+    free = torch.cuda.mem_get_info()[0] - SPARE
+    layers = shapes.fitting(a.shape, free, 5, least=4, most=most)
+    folder = shapes.folder(a.shape, Path(f"/tmp/wt-bench-bridge-{a.shape}"), layers=layers)
     if a.own_segments:
         os.environ["WT_OWN_SEGMENTS"] = "1"
     result = Result(f"bridge-gpu-{a.shape}{'-own' if a.own_segments else ''}")
+    result.facts |= {"shape": a.shape, "layers": layers}
     memory = {"tiny": 0.05, "8b": 0.17, "30b-a3b": 0.32}[a.shape]
-    graphs = ("--no-enforce-eager",)
-    with ExitStack() as stack:
-        urls = {}
-        for port, name in ((8130, "bridge"), (8131, "push")):
-            log = Path(f"/tmp/bridge-gpu-{name}.log")
-            urls[name] = stack.enter_context(
-                engines.server(folder, "ipc", port, log, memory=memory, args=graphs)
-            )
-            engines.wait_ready(urls[name], log)  # one after another: each measures free memory
-        copy = shapes.trainer_model(folder, "cuda")
-        for url in urls.values():
-            with WeightSync(url) as sync:
-                sync.push(copy)
-        through_the_bridge(result, folder, urls["bridge"], a.rounds)
-        trainer = Trainer(copy)
-        with WeightSync(urls["push"]) as sync:
-
-            def step() -> None:
-                trainer.optimizer.step()
-                sync.push(copy)
-
-            result.add("ours, copy: step and push", trainer.timed(rounds=a.rounds, step=step))
-            for _ in range(a.rounds):  # as many steps as the bridge's phases took
-                trainer.gradients()
-                trainer.optimizer.step()
-            sync.push(copy)
-        both = {name: engines.tokens(url) for name, url in urls.items()}
-        print("tokens", both, flush=True)
-        result.facts["same tokens after the same steps"] = both["bridge"] == both["push"]
-        rounds = trainer.timed(a.rounds, trainer.optimizer.step)
-        result.add("floor: the optimiser's step alone", rounds)
-    claims(result)
+    log = Path("/tmp/bridge-gpu.log")
+    with engines.server(folder, "ipc", 8130, log, memory=memory) as url:
+        engines.wait_ready(url, log)
+        tokens = {
+            "copy": with_a_copy(result, folder, url, a.rounds),
+            "bridge": through_the_bridge(result, folder, url, a.rounds),
+        }
+    print("tokens", tokens, flush=True)
+    claims(result, same=tokens["copy"] == tokens["bridge"])
     print("WROTE", result.write(a.out), flush=True)
 
 
-def claims(result: Result) -> None:
-    step = result.median("floor: the optimiser's step alone")
-    bridge = result.median("ours, bridge: step, weights live")
-    push = result.median("ours, copy: step and push")
+def claims(result: Result, *, same: bool) -> None:
+    step, bridge, push = map(result.median, (STEP, BRIDGE, PUSH))
     result.claim("bridge: beside the step, ms", bridge - step, 10)
     result.claim("push: its time over the bridge's, beside the step",
                  (push - step) / max(bridge - step, 1e-3), 1, at_least=True)  # fmt: skip
-    result.claim("trainer's memory for parameters, MiB",
-                 result.facts["trainer's memory for them, MiB"], 16)  # fmt: skip
-    same = result.facts["same tokens after the same steps"]
+    mib = result.facts["trainer's memory for them, MiB"]
+    result.claim("trainer's memory for parameters, MiB", mib, 16)
     result.claim("same tokens as after pushes", float(same), 1, at_least=True)
     moved = result.facts["base addresses moved"]
     result.claim("base addresses moved", float(moved), 0)

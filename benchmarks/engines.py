@@ -28,7 +28,7 @@ def server(
     gpus: str | None = None,
     args: tuple[str, ...] = (),
 ) -> Iterator[str]:
-    """A server on loopback with dummy weights; yields its URL once `wait_ready` would return.
+    """A server on loopback with dummy weights; yields its URL at once: `wait_ready` waits.
 
     The environment lets vLLM's own HTTP client in (dev mode, pickled handles), so that both
     backends run alike.
@@ -43,7 +43,8 @@ def server(
         sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
         "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(port),
         "--load-format", "dummy", "--skip-tokenizer-init", "--enforce-eager",
-        "--max-model-len", "512", "--dtype", "bfloat16",
+        "--max-model-len", "512", "--max-num-seqs", "16", "--max-num-batched-tokens", "2048",
+        "--dtype", "bfloat16",
         "--gpu-memory-utilization", str(memory), "--kv-cache-memory-bytes", str(1 << 30),
         "--weight-transfer-config", f'{{"backend": "{backend}"}}', *args,
     ]  # fmt: skip
@@ -89,6 +90,7 @@ def llm(model: Path, backend: str, *, memory: float) -> Any:
 
     return LLM(
         model=str(model), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
-        max_model_len=512, dtype="bfloat16", gpu_memory_utilization=memory,
+        max_model_len=512, max_num_seqs=16, max_num_batched_tokens=2048, dtype="bfloat16",
+        gpu_memory_utilization=memory,
         kv_cache_memory_bytes=1 << 30, weight_transfer_config={"backend": backend},
     )  # fmt: skip

@@ -18,7 +18,7 @@ class Result:
 
     name: str
     rows: dict[str, list[float]] = field(default_factory=dict)
-    phases: dict[str, dict[str, float]] = field(default_factory=dict)  # medians, ms
+    phases: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each row, ms
     facts: dict[str, Any] = field(default_factory=dict)
     claims: list[dict[str, Any]] = field(default_factory=list)
 
@@ -36,6 +36,17 @@ class Result:
         self.rows[row] = [round(r, 3) for r in rounds]
         print(f"{row}: median {st.median(rounds):.2f} ms, "
               f"{min(rounds):.2f}-{max(rounds):.2f} over {len(rounds)}", flush=True)  # fmt: skip
+
+    def add_phases(self, row: str, rounds: list[dict[str, float]]) -> None:
+        """`rounds`: the milliseconds of each phase in each round."""
+        names = dict.fromkeys(name for r in rounds for name in r)
+        self.phases[row] = {}
+        for name in names:
+            ms = [r.get(name, 0.0) for r in rounds]
+            spread = {"median": st.median(ms), "min": min(ms), "max": max(ms)}
+            self.phases[row][name] = {k: round(v, 3) for k, v in spread.items()}
+        shown = {n: p["median"] for n, p in self.phases[row].items()}
+        print(f"phases of {row}: {shown}", flush=True)
 
     def write(self, folder: Path) -> Path:
         """`<date>-<name>.json` and `.png` in `folder`."""

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
-#   steps: sweep kernels sparse-kernels sparse 8b moe peer engine bridge bridge-8b bridge-own
+#   steps: sweep kernels sparse-kernels sparse 8b moe peer small bridge-8b bridge-own
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -15,7 +15,8 @@ step() { # name, seconds, pattern, command...
   grep -aE "$pattern" "$out/$name.log" | cut -c1-430 | tail -n 30
 }
 py="python3 -m pytest -q -p no:cacheprovider -m gpu"
-rows="^(ours|vLLM|floor|CLAIM|tokens|WROTE)|Error"
+said="passed|failed|push|opened|^E "
+rows="^(ours|vLLM|floor|phases|[0-9]+ layers|CLAIM|tokens|WROTE)|Error"
 for name in "$@"; do
   case $name in
     sweep) step sweep 90 "GB/s" python3 -m benchmarks.copy_sweep ;;
@@ -23,20 +24,19 @@ for name in "$@"; do
     sparse-kernels) step sparse-kernels 120 "passed|failed|^E " $py tests/gpu/test_sparse.py ;;
     sparse) step sparse 300 "^(diff|apply|push|check|vers)|$rows" \
       python3 -m benchmarks.sparse_gpu --shape 8b --out "$out/b" ;;
-    8b) step ipc-8b 260 "$rows" python3 -m benchmarks.ipc_gpu --shape 8b --llm --out "$out/b" ;;
-    moe) step ipc-moe 280 "$rows" \
-      python3 -m benchmarks.ipc_gpu --shape 30b-a3b --layers 28 --slow-rounds 4 --out "$out/b" ;;
-    both) # on two GPUs, side by side
-      CUDA_VISIBLE_DEVICES=0 step ipc-8b 190 "$rows" \
-        python3 -m benchmarks.ipc_gpu --shape 8b --out "$out/b" &
-      CUDA_VISIBLE_DEVICES=1 step ipc-moe 200 "$rows" \
-        python3 -m benchmarks.ipc_gpu --shape 30b-a3b --layers 28 --slow-rounds 4 --out "$out/b" &
+    8b) step ipc-8b 330 "$rows" python3 -m benchmarks.ipc_gpu --shape 8b --llm --out "$out/b" ;;
+    moe) step ipc-moe 330 "$rows" \
+      python3 -m benchmarks.ipc_gpu --shape 30b-a3b --out "$out/b" ;;
+    small) # correctness, side by side: nothing is timed
+      step kernels 120 "$said" $py tests/gpu/test_batch.py &
+      for kind in dense moe; do
+        step "engine-$kind" 240 "$said" $py -s tests/gpu/test_engine.py -k "$kind" &
+        step "bridge-$kind" 240 "$said" $py -s tests/gpu/test_bridge.py -k "$kind" &
+      done
       wait ;;
     peer) step peer 170 "$rows" python3 -m benchmarks.peer_gpu --out "$out/b" ;;
-    bridge) step bridge 400 "passed|failed|^E " $py tests/gpu/test_bridge.py ;;
-    bridge-8b) step bridge-8b 400 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
-    bridge-own) step bridge-own 300 "$rows" \
+    bridge-8b) step bridge-8b 200 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
+    bridge-own) step bridge-own 120 "$rows" \
       python3 -m benchmarks.bridge_gpu --shape tiny --own-segments --out "$out/b" ;;
-    engine) step engine 240 "passed|failed|version 1|^E " $py -s tests/gpu/test_engine.py ;;
   esac
 done

@@ -34,6 +34,29 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+def nbytes(shape: str, layers: int) -> int:
+    """Bytes of the weights in bfloat16."""
+    c = SHAPES[shape]
+    h, d = c["hidden_size"], c["head_dim"]
+    heads = c["num_attention_heads"] + c["num_key_value_heads"]
+    experts = c.get("num_experts", 0)
+    mlp = 3 * h * c["intermediate_size"]
+    if experts:
+        mlp = experts * h * (3 * c["moe_intermediate_size"] + 1)
+    layer = 2 * h * d * heads + 2 * d + 2 * h + mlp
+    return 2 * (layers * layer + 2 * c["vocab_size"] * h + h)
+
+
+def fitting(shape: str, free: int, copies: float, *, least: int, most: int) -> int:
+    """How many layers, at most `most`, so that `copies` of the weights take no more than `free`
+    bytes. Raises SystemExit where not even `least` fit."""
+    for layers in range(most, least - 1, -1):
+        if copies * nbytes(shape, layers) <= free:
+            return layers
+    need = copies * nbytes(shape, least) / 2**30
+    raise SystemExit(f"{copies} x {shape} with {least} layers needs {need:.0f} GiB free")
+
+
 def folder(shape: str, path: Path, *, layers: int | None = None) -> Path:
     """Write config.json for `--load-format dummy --skip-tokenizer-init`."""
     config = dict(SHAPES[shape])
@@ -53,8 +76,15 @@ def trainer_model(path: Path, device: str, seed: int = 0) -> Any:
     with torch.device("meta"):
         model = tf.AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     model = model.to_empty(device=device)
+    fill(model, seed)
+    return model.requires_grad_(False)
+
+
+def fill(model: Any, seed: int = 0) -> None:
+    """The weights that `trainer_model` gives, again."""
+    import torch
+
     torch.manual_seed(seed)
     with torch.no_grad():
         for p in model.parameters():
             p.normal_(0, 0.02) if p.dim() > 1 else p.uniform_(0.5, 1.5)
-    return model.requires_grad_(False)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,17 +13,22 @@ import pytest
 import torch
 
 from benchmarks import engines
-from tests.gpu.test_engine import _model
+from benchmarks.gpu_memory import opened
+from tests.gpu.test_engine import GRAPHS, _model
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 
 pytestmark = pytest.mark.gpu
-ARGS = ("--load-format", "auto", "--no-enforce-eager")
+ARGS = (
+    "--load-format", "auto", "--no-enforce-eager",
+    "--compilation-config", json.dumps(GRAPHS["compilation_config"]),
+)  # fmt: skip
+KV_CACHE = 1 << 30  # as `engines.server` sets it
 PROMPTS = [[5, 6, 7, 8], list(range(20, 60))]
 
 
 @contextmanager
 def served(folder: Path, port: int, log: Path) -> Iterator[str]:
-    with engines.server(folder, "ipc", port, log, memory=0.15, args=ARGS) as url:
+    with engines.server(folder, "ipc", port, log, memory=0.05, args=ARGS) as url:
         engines.wait_ready(url, log)
         yield url
 
@@ -42,10 +48,13 @@ def generations(url: str) -> list[Any]:
     return out
 
 
-@pytest.mark.parametrize("kind", ["dense", "moe"])
-def test_steps_are_served_as_a_fresh_engine_would(kind: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("kind", "port"), [("dense", 8120), ("moe", 8122)], ids=["dense", "moe"])
+def test_steps_are_served_as_a_fresh_engine_would(
+    kind: str, port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _model(kind, 0, "cpu").save_pretrained(tmp_path / "old")
-    with served(tmp_path / "old", 8120, tmp_path / "live.log") as url:
+    monkeypatch.setenv("WT_OWN_SEGMENTS", "1")
+    with served(tmp_path / "old", port, tmp_path / "live.log") as url:
         before = generations(url)
         config = BridgeConfig(model_name=str(tmp_path / "old"), device="cuda:0", vllm_api_url=url)
         with VLLMWeightBridge(config) as bridge:
@@ -54,6 +63,9 @@ def test_steps_are_served_as_a_fresh_engine_would(kind: str, tmp_path: Path) -> 
             model = bridge.get_trainable_model()
             assert torch.cuda.memory_allocated() - allocated < 1 << 20  # rotary tables
             where = [p.data_ptr() for p in model.parameters()]
+            weights = sum(p.nbytes for p in model.parameters())
+            print(f"\n{kind}: {weights >> 20} MiB, opened {opened(model) >> 20} MiB")
+            assert weights <= opened(model) < KV_CACHE
             optimizer = torch.optim.AdamW(bridge.parameters(), lr=1e-3)
             for step in (1, 2):
                 g = torch.Generator().manual_seed(step)
@@ -66,7 +78,7 @@ def test_steps_are_served_as_a_fresh_engine_would(kind: str, tmp_path: Path) -> 
             after = generations(url)
             assert [p.data_ptr() for p in model.parameters()] == where
             model.save_pretrained(tmp_path / "new")
-    with served(tmp_path / "new", 8121, tmp_path / "fresh.log") as url:
+    with served(tmp_path / "new", port + 1, tmp_path / "fresh.log") as url:
         expected = generations(url)
     assert after == expected
     assert before != after

@@ -533,6 +533,15 @@ def test_old_registrations_are_let_go(worker: Worker) -> None:
     worker.refused("UnknownRegistration", msg.Prepare(A, ids[0], None, True))
 
 
+def test_a_replaced_registration_is_let_go_at_once(worker: Worker) -> None:
+    first, second = worker.trainer(2).register(), worker.trainer(3).register()
+    worker.ok(worker.begin(), msg.Prepare(A, first.id, first, True), msg.Abort(A, ""))
+    for replaced in (first.id, second.id):  # its own id is no other's
+        prepare = msg.Prepare(A, second.id, second, True, replaces=replaced)
+        worker.ok(worker.begin(), prepare, msg.Abort(A, ""))
+        assert list(worker.importer._opened) == [second.id]
+
+
 def test_used_ones_are_kept(worker: Worker) -> None:
     first = worker.trainer(2).register()
     worker.ok(worker.begin(), msg.Prepare(A, first.id, first, True), msg.Abort(A, ""))

@@ -161,7 +161,7 @@ async def weight_transfer_status(request: Request, control: EngineControl) -> di
 
 
 async def _status(control: EngineControl) -> dict[str, Any]:
-    replies = await control.call(msg.Status())
+    replies = await control.call(msg.Status(memory=True))
     exchange.agree(replies)
     phases: list[str] = [r.state.phase for r in replies]
     worst = next((p for p in ("DIRTY", "UPDATING") if p in phases), "IDLE")
@@ -177,6 +177,7 @@ async def _status(control: EngineControl) -> dict[str, Any]:
             for k in ("version", "reason", "owner", "since", "lease_left_s", "asleep")
         },
         "registrations": replies[0].info["registrations"],
+        "memory": [r.info["memory"] for r in replies],
     }
 
 

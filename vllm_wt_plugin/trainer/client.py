@@ -208,11 +208,12 @@ class LLMClient:
             engine.reset_encoder_cache()
 
     def status(self) -> dict[str, Any]:
-        replies = self._call(msg.Status())
+        replies = self._call(msg.Status(memory=True))
         exchange.agree(replies)
         data: dict[str, Any] = msgspec.to_builtins(replies[0].state)
         data["state"] = data.pop("phase")
-        return data | {"registrations": replies[0].info["registrations"]}
+        memory = [r.info["memory"] for r in replies]
+        return data | {"registrations": replies[0].info["registrations"], "memory": memory}
 
     def shutdown(self) -> None:
         exchange.agree(self._call(msg.Shutdown()))

@@ -298,8 +298,9 @@ class WeightSync:
         return self._source[1]
 
     def _push_one(self, c: Client, reg: Registration, version: str) -> ReplicaOutcome:
-        request = PushRequest(reg.id, reg, version, self._owner)
-        if self._known.get(c.name) == reg.id:
+        known = self._known.get(c.name)
+        request = PushRequest(reg.id, reg, version, self._owner, replaces=known)
+        if known == reg.id:
             request = PushRequest(reg.id, None, version, self._owner)
         try:
             try:

@@ -168,6 +168,10 @@ class Allocations:
         # Nothing to check later: a mapping outlives its trainer.
         return Mapped(self._memory[handle.handle], handle.offset_bytes, lambda: None)
 
+    def sizes(self) -> dict[bytes, int]:
+        """Bytes of each that is mapped, by handle."""
+        return {handle: memory.nbytes() for handle, memory in self._memory.items()}
+
 
 def _map(handle: CudaStorage, stop: int, device: int, name: str) -> torch.UntypedStorage:
     """The allocation's bytes [0, stop): from its base, so that the range can be checked."""

@@ -99,6 +99,7 @@ class _Opened:
     mapped: tuple[Mapped, ...]
     tensors: dict[str, torch.Tensor]
     events: tuple[torch.cuda.Event, ...]
+    allocations: cuda.Allocations
 
 
 class Importer:
@@ -148,7 +149,7 @@ class Importer:
             tensors[ref.name] = view(mapped[ref.storage], ref)
         events = self._open_events(registration)
         self._opened[registration.id] = _Opened(
-            registration, tuple(mapped.values()), tensors, events
+            registration, tuple(mapped.values()), tensors, events, allocations
         )
         return tensors
 
@@ -203,6 +204,10 @@ class Importer:
         """
         for event in self._get(registration.id).events:
             cuda.wait(event, seconds)
+
+    def mapped(self) -> dict[bytes, int]:
+        """Every CUDA allocation of a trainer that is mapped here, by its handle: bytes."""
+        return {h: n for o in self._opened.values() for h, n in o.allocations.sizes().items()}
 
     def close(self, registration_id: str | None = None) -> None:
         """Forget one registration, or all. Idempotent.

@@ -162,7 +162,7 @@ def push(request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S) -> 
 def _prepare(session: str, request: msg.PushRequest | PatchPush) -> msg.Verb:
     if isinstance(request, PatchPush):
         return msg.PreparePatches(session, request)
-    return msg.Prepare(session, request.registration, request.register, True)
+    return msg.Prepare(session, request.registration, request.register, True, request.replaces)
 
 
 def check_patches(push: PatchPush, ready: list[Reply]) -> None:

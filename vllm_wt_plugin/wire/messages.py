@@ -35,6 +35,7 @@ class PushRequest(_Data, frozen=True):
     version: Version | None = None
     owner: Text = ""  # who pushes, for the refusals other trainers get
     update_kind: Literal["dense"] = "dense"
+    replaces: Hex32 | None = None  # an earlier registration, whose memory the trainer will free
 
 
 class IpcInit(_Data, frozen=True):
@@ -149,7 +150,9 @@ class _Verb(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
 
 class Status(_Verb, frozen=True, tag="status"):
-    """Read the state; ends an expired update first."""
+    """Read the state; ends an expired update first. `memory`: what this rank holds, too."""
+
+    memory: bool = False
 
 
 class Init(_Verb, frozen=True, tag="init"):
@@ -170,6 +173,7 @@ class Prepare(_Verb, frozen=True, tag="prepare"):
     registration: Hex32
     register: Registration | None
     complete: bool  # every parameter of the model must be covered by this one
+    replaces: Hex32 | None = None  # closed when this one is open
 
 
 class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):

@@ -65,6 +65,15 @@ class Known:
     def registrations(self) -> list[str]:
         return list(self._registered)
 
+    def memory(self) -> dict[str, int]:
+        """Bytes: this process's CUDA memory, and how much of its trainers' is mapped here."""
+        held = {"mapped": sum(self.importer.mapped().values())}
+        if torch.cuda.is_initialized():
+            device = self.importer.device
+            held["allocated"] = torch.cuda.memory_allocated(device)
+            held["reserved"] = torch.cuda.memory_reserved(device)
+        return held
+
     def plan(self, specs: tuple[ParamSpec, ...], *, complete: bool) -> LoadPlan:
         key = specs, complete
         if key not in self._plans:
@@ -121,7 +130,7 @@ class Known:
                     next_step="send the registration again",
                 )
             self._registered[key] = self._open(verb.register, verb.complete, timed)
-            for old in self.registrations[:-KEEP]:
+            for old in {verb.replaces or "", *self.registrations[:-KEEP]} - {key}:
                 self.release(old)
         elif verb.register not in (None, self._registered[key].registration):
             raise HandleError(

@@ -103,6 +103,8 @@ class WorkerSession:
                     "ended": list(self.ended),
                     "attached": self.exports.attached(),
                 }
+                if verb.memory:
+                    out.info["memory"] = self.known.memory()
             case msg.Init():
                 msg.convert(verb.info, msg.IpcInit)
             case msg.Begin():
