@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "sparse/*": {".errors", ".wire", ".sparse", "torch"},
     "transport/*": {".errors", ".wire", ".transport", "torch"},
     "trainer/*": {
-        ".errors", ".wire", ".sparse", ".transport", ".trainer", "torch", "httpx", "msgspec",
+        ".errors", ".wire", ".sparse", ".transport", ".trainer", "torch", "httpcore", "msgspec",
     },
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},
     "bridge/*": {".errors", ".wire", ".transport", ".trainer", ".bridge", "torch", "msgspec"},

@@ -138,9 +138,7 @@ class WeightSync:
         seconds = {} if sent is None else dict(sent.seconds)
         tensors, nbytes = (0, 0) if sent is None else (sent.tensors, sent.nbytes)
         if left:
-            packed = self._packed or (self._packed is None and gathers(source))
-            way = self._push_packed if packed else self._push_direct
-            tensors, nbytes, dense, phases = way(source, version, left)
+            tensors, nbytes, dense, phases = self._push_dense(source, version, left)
             outcomes |= {o.name: o for o in dense}
             seconds |= phases
         done = [outcomes[c.name] for c in self._clients]
@@ -193,10 +191,13 @@ class WeightSync:
         specs = source.specs()
         return {c.name: c.checksums(specs) for c in self._clients}
 
-    def _push_direct(self, source: Source, version: str, clients: list[Client]) -> _Dense:
-        """The tensors' own memory, read by the workers."""
+    def _push_dense(self, source: Source, version: str, clients: list[Client]) -> _Dense:
+        """The tensors' own memory, read by the workers, or else through buffers."""
         start = time.perf_counter()
-        export = self._export(source)
+        marks = fingerprint(source)  # None for what gathers, which is asked only then
+        if self._packed or (self._packed is None and marks is None and gathers(source)):
+            return self._push_packed(source, version, clients)
+        export = self._export(source, marks)
         registration = export.registration
         exported = time.perf_counter()
         self._exporter.refresh()
@@ -281,9 +282,8 @@ class WeightSync:
     ) -> None:
         self.close()
 
-    def _export(self, source: Source) -> _Export:
+    def _export(self, source: Source, marks: list[tuple[object, ...]] | None) -> _Export:
         """Handles of the source's tensors; those of last time if nothing has moved since."""
-        marks = fingerprint(source)
         if marks is None or self._last is None or self._last.marks != marks:
             tensors = list(source)
             registration, _ = self._exporter.register(tensors)
