@@ -89,13 +89,9 @@ def ours(
     return reports
 
 
-def upstream_trainer(client: Any, model: Any, packed: int) -> Any:
-    """vLLM's own trainer engine; `packed` is the buffer's bytes, 0 for unpacked."""
+def their_source(model: Any) -> Any:
+    """What vLLM's own trainer engines send of it: the tensors that ours send."""
     from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-    from vllm.distributed.weight_transfer.ipc_engine import (
-        IPCTrainerInitInfo,
-        IPCTrainerWeightTransferEngine,
-    )
 
     source = as_source(model)
 
@@ -109,9 +105,20 @@ def upstream_trainer(client: Any, model: Any, packed: int) -> Any:
 
         __iter__ = iter_full  # vLLM 0.32's name for it
 
+    return Theirs()
+
+
+def upstream_trainer(client: Any, model: Any, packed: int) -> Any:
+    """vLLM's own trainer engine; `packed` is the buffer's bytes, 0 for unpacked."""
+    from vllm.distributed.weight_transfer.ipc_engine import (
+        IPCTrainerInitInfo,
+        IPCTrainerWeightTransferEngine,
+    )
+
     more = {"packed_buffer_size_bytes": packed} if packed else {}
     info = IPCTrainerInitInfo(rank=0, packed=bool(packed), **more)
-    return IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=Theirs())
+    source = their_source(model)
+    return IPCTrainerWeightTransferEngine.trainer_init(info, client=client, source=source)
 
 
 def upstream(

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
-#   steps: sweep kernels sparse-kernels sparse 8b moe peer small bridge-8b bridge-own
+#   steps: sweep kernels sparse-kernels sparse 8b moe peer small several-ipc several-nccl
+#          bridge-8b bridge-own
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -35,6 +36,10 @@ for name in "$@"; do
       done
       wait ;;
     peer) step peer 170 "$rows" python3 -m benchmarks.peer_gpu --out "$out/b" ;;
+    several-ipc) step several-ipc 280 "$rows" \
+      python3 -m benchmarks.several_gpus --only ipc --out "$out/b" ;;
+    several-nccl) step several-nccl 400 "$rows" \
+      python3 -m benchmarks.several_gpus --only nccl --out "$out/b" ;;
     bridge-8b) step bridge-8b 200 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
     bridge-own) step bridge-own 120 "$rows" \
       python3 -m benchmarks.bridge_gpu --shape tiny --own-segments --out "$out/b" ;;

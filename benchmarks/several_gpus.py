@@ -1,0 +1,194 @@
+"""Several GPUs: how a push falls with the number of workers, over `ipc` and over `nccl`.
+
+    python -m benchmarks.several_gpus --out benchmarks/results [--shape 8b] [--rounds 12]
+        [--only ipc|nccl]
+
+The trainer is this process, on GPU 0. Over `ipc` TP=1 runs on GPU 1 and TP=2, 4, … on the first
+2, 4, … GPUs, the trainer's among them: each worker pulls its part. Over `nccl`, where a GPU takes
+one rank, the engines have the GPUs 1, 2, …; vLLM's own `nccl` backend runs beside ours (its `ipc`
+serves the GPU of its trainer alone). At the largest TP one sparse push of 1 %.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import engines, shapes
+from benchmarks.ipc_gpu import ours, their_source, timed
+from benchmarks.peer_gpu import peer_floor_ms
+from benchmarks.result import Result
+from benchmarks.sparse_gpu import Flips
+from vllm_wt_plugin import WeightSync, as_source
+
+PORT = 8130
+MEMORY = 0.25
+
+
+def widths(gpus: int) -> list[int]:
+    """1, 2, 4, … workers."""
+    return [1 << i for i in range(gpus.bit_length()) if 1 << i <= gpus]
+
+
+class Bench:
+    """The trainer's model and the engines of one backend after another."""
+
+    def __init__(self, a: Any, result: Result) -> None:
+        self.a, self.result, self.gpus = a, result, torch.cuda.device_count()
+        self.folder = shapes.folder(a.shape, Path("/tmp/wt-bench-several"), layers=a.layers)
+        self.model = shapes.trainer_model(self.folder, "cuda:0")
+        self.small = [p for p in self.model.parameters() if p.dim() == 1]
+        self.start = [p.clone() for p in self.small]
+        specs = as_source(self.model).specs()
+        self.nbytes = sum(s.nbytes for s in specs)
+        result.facts |= {"tensors": len(specs), "bytes": self.nbytes, "gpus": self.gpus}
+        self.tokens: dict[str, list[int]] = {}
+        self.ports = iter(range(PORT, PORT + 40))
+
+    def step(self) -> None:
+        """New weights, cheaply."""
+        torch._foreach_mul_(self.small, 1.001)
+
+    def measured(
+        self, places: dict[str, tuple[str, str, tuple[int, ...]]], measure: Callable[..., None]
+    ) -> None:
+        """Start an engine for each {row: (label, backend, GPUs)}, all at once, then measure each
+        and ask it for tokens of the first weights."""
+        with ExitStack() as stack:
+            up = {}
+            for row, (_, backend, gpus) in places.items():
+                port = next(self.ports)
+                log = Path(f"/tmp/several-{port}.log")
+                url = engines.server(
+                    self.folder, backend, port, log, memory=MEMORY,
+                    gpus=",".join(map(str, gpus)),
+                    args=("--tensor-parallel-size", str(len(gpus))),
+                )  # fmt: skip
+                up[row] = stack.enter_context(url), log
+            for url, log in up.values():
+                engines.wait_ready(url, log)
+            for row, (label, backend, gpus) in places.items():
+                measure(row, up[row][0], backend, len(gpus))
+                self.tokens[f"{label} {backend}"] = engines.tokens(up[row][0])
+                self.result.write(self.a.out)
+
+    def ipc(self) -> None:
+        """Trainer on GPU 0; every worker pulls over the link what it needs."""
+        places = {
+            f"ours ipc, TP={k}": (f"TP={k}", "ipc", (1,) if k == 1 else tuple(range(k)))
+            for k in widths(self.gpus)
+        }
+        for k in widths(self.gpus):
+            self.result.add(f"floor: 1/{k}, peer copy", peer_floor_ms(self.nbytes // k))
+        self.measured(places, self.ipc_push)
+        rows = [self.result.median(row) for row in places]
+        for k, ms in zip(widths(self.gpus), rows, strict=True):
+            aim = 1.15 * self.result.median(f"floor: 1/{k}, peer copy") + 5
+            self.result.claim(f"push ipc, TP={k}, ms", ms, aim)
+        self.result.claim(f"ipc, TP={widths(self.gpus)[-1]} faster than TP=1",
+                          rows[0] / rows[-1], 1, at_least=True)  # fmt: skip
+
+    def ipc_push(self, row: str, url: str, backend: str, k: int) -> None:
+        ours(self.result, row, url, self.model, self.a.rounds, self.step)
+        torch._foreach_copy_(self.small, self.start)
+        with WeightSync(url) as sync:
+            sync.push(self.model)
+            ok = sync.verify().ok
+            if k == widths(self.gpus)[-1]:
+                ok = self.sparse(sync, k) and ok
+            sync.push(self.model)
+        self.result.claim(f"verified, ipc, TP={k}", float(ok), 1, at_least=True)
+
+    def sparse(self, sync: WeightSync, k: int) -> bool:
+        """1 % of all elements change, there and back; whether the last state is the trainer's."""
+        flips, reports = Flips(self.model, 0.01), []
+        sync.push(self.model, mode="sparse")  # keeps the copy that the next ones compare with
+        self.result.add(
+            f"ours sparse 1 %, TP={k}",
+            timed(lambda: reports.append(sync.push(self.model, mode="sparse")), 5, flips.flip),
+        )
+        row = [{**r.seconds, **r.replicas[0].seconds} for r in reports[1:]]
+        self.result.add_phases(
+            f"ours sparse 1 %, TP={k}", [{n: s * 1e3 for n, s in r.items()} for r in row]
+        )
+        self.result.facts["sparse: elements changed"] = reports[-1].changed
+        return sync.verify().ok
+
+    def nccl(self) -> None:
+        """Trainer on GPU 0, engines on the others: ours and vLLM's own."""
+        for k in widths(self.gpus - 1):
+            gpus = tuple(range(1, k + 1))
+            mine, theirs = f"ours nccl, TP={k}", f"vLLM nccl, TP={k}"
+            self.measured({mine: (f"TP={k}", "nccl", gpus)}, self.nccl_push)
+            self.measured({theirs: (f"TP={k}", "upstream_nccl", gpus)}, self.their_push)
+            faster = self.result.median(theirs) / self.result.median(mine)
+            self.result.claim(f"faster than vLLM's nccl, TP={k}", faster, 1, at_least=True)
+
+    def nccl_push(self, row: str, url: str, backend: str, k: int) -> None:
+        push = partial(ours, self.result, row, url, self.model, self.a.rounds, self.step)
+        push(backend="nccl")
+        torch._foreach_copy_(self.small, self.start)
+        with WeightSync(url, backend="nccl") as sync:
+            sync.push(self.model)
+
+    def their_push(self, row: str, url: str, backend: str, k: int) -> None:
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.distributed.weight_transfer.nccl_engine import (
+            NCCLTrainerInitInfo,
+            NCCLTrainerWeightTransferEngine,
+        )
+        from vllm.utils.network_utils import get_open_port
+
+        info = NCCLTrainerInitInfo(
+            rank=0, master_address="127.0.0.1", master_port=get_open_port(), world_size=k + 1
+        )
+        engine = NCCLTrainerWeightTransferEngine.trainer_init(
+            info, client=HTTPVLLMWeightSyncClient(url), source=their_source(self.model)
+        )
+        self.result.add(row, timed(engine.send_weights, self.a.slow_rounds, self.step))
+        torch._foreach_copy_(self.small, self.start)
+        engine.send_weights()
+
+    def same_tokens(self) -> None:
+        """Where an engine of vLLM's own was given the same weights, ours must say what it says."""
+        self.result.facts["tokens"] = self.tokens
+        for name, tokens in self.tokens.items():
+            label, backend = name.split()
+            theirs = self.tokens.get(f"{label} upstream_nccl")
+            if theirs is not None and backend != "upstream_nccl":
+                same = float(tokens == theirs)
+                self.result.claim(f"tokens as vLLM's own, {name}", same, 1, at_least=True)
+
+
+def main() -> None:
+    ap = argparse.ArgumentParser(description=__doc__)
+    ap.add_argument("--shape", choices=shapes.SHAPES, default="8b")
+    ap.add_argument("--layers", type=int)
+    ap.add_argument("--rounds", type=int, default=12)
+    ap.add_argument("--slow-rounds", type=int, default=5, help="of vLLM's own backend")
+    ap.add_argument("--only", choices=("ipc", "nccl"))
+    ap.add_argument("--out", type=Path, required=True)
+    a = ap.parse_args()
+    os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
+    gpus = torch.cuda.device_count()
+    if gpus < 2:
+        raise SystemExit(f"needs two GPUs or more, and sees {gpus}")
+    result = Result(f"{gpus}-gpus-{a.shape}{f'-{a.only}' if a.only else ''}")
+    bench = Bench(a, result)
+    if a.only != "nccl":
+        bench.ipc()
+    if a.only != "ipc":
+        bench.nccl()
+    bench.same_tokens()
+    print("WROTE", result.write(a.out), flush=True)
+
+
+if __name__ == "__main__":
+    main()
