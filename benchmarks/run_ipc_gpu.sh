@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
-#   steps: sweep kernels sparse-kernels sparse 8b moe peer small several-ipc several-nccl
-#          bridge-8b bridge-own
+#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small several-ipc
+#          several-nccl bridge-8b bridge-own
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -13,7 +13,7 @@ step() { # name, seconds, pattern, command...
   timeout "$limit" "$@" >"$out/$name.log" 2>&1
   rc=$?
   echo "[$(($(date +%s) - t0)) s] $name rc=$rc"
-  grep -aE "$pattern" "$out/$name.log" | cut -c1-430 | tail -n 30
+  grep -aE "$pattern" "$out/$name.log" | cut -c1-430 | tail -n 90
 }
 py="python3 -m pytest -q -p no:cacheprovider -m gpu"
 said="passed|failed|push|opened|^E "
@@ -23,8 +23,12 @@ for name in "$@"; do
     sweep) step sweep 90 "GB/s" python3 -m benchmarks.copy_sweep ;;
     kernels) step kernels 60 "passed|failed|^E " $py tests/gpu/test_batch.py ;;
     sparse-kernels) step sparse-kernels 120 "passed|failed|^E " $py tests/gpu/test_sparse.py ;;
-    sparse) step sparse 300 "^(diff|apply|push|check|vers)|$rows" \
-      python3 -m benchmarks.sparse_gpu --shape 8b --out "$out/b" ;;
+    sparse-micro)
+      step sparse-micro 240 " ms" python3 -m benchmarks.sparse_micro
+      step sparse-micro-01 60 " ms" python3 -m benchmarks.sparse_micro --share 0.001 --quick
+      step sparse-micro-10 60 " ms" python3 -m benchmarks.sparse_micro --share 0.1 --quick ;;
+    sparse) step sparse 300 "^(diff|accept|apply|push|check|vers)|$rows" \
+      python3 -m benchmarks.sparse_gpu --shape 8b --profile --out "$out/b" ;;
     8b) step ipc-8b 330 "$rows" python3 -m benchmarks.ipc_gpu --shape 8b --llm --out "$out/b" ;;
     moe) step ipc-moe 330 "$rows" \
       python3 -m benchmarks.ipc_gpu --shape 30b-a3b --out "$out/b" ;;

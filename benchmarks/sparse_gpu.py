@@ -1,6 +1,6 @@
 """Sparse pushes on one GPU: comparing, applying and the whole push, beside vLLM's own loader.
 
-    python -m benchmarks.sparse_gpu --shape 8b --out benchmarks/results [--rounds 10]
+    python -m benchmarks.sparse_gpu --shape 8b --out benchmarks/results [--rounds 10] [--profile]
 
 The trainer is this process with a transformers model on the GPU. `push` goes over HTTP to a server
 on the same GPU; `apply` runs in a second engine inside this process, where vLLM's own
@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import argparse
 import os
+import time
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -22,8 +24,9 @@ import torch
 from benchmarks import engines, shapes
 from benchmarks.ipc_gpu import MemoryPeak, floor_ms, timed
 from benchmarks.result import Result
-from vllm_wt_plugin import WeightSync, as_source
+from vllm_wt_plugin import WeightSync
 from vllm_wt_plugin.trainer.delta import Changes, Snapshot
+from vllm_wt_plugin.trainer.listing import Lister
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.wire.messages import PlanReport
@@ -70,15 +73,21 @@ class Applied:
     def __init__(self, llm: Any) -> None:
         self.session = llm.collective_rpc(lambda w: w.weight_transfer_engine.session)[0]
         self.model = llm.apply_model(lambda m: m)[0]
+        self.phases: dict[str, float] = {}  # of the last one
 
     def apply(self, push: PatchPush, buffer: torch.Tensor) -> Any:
         from vllm_wt_plugin.worker.patches import PatchUpdate
 
-        places, _ = self.session.known.places(push.specs)
-        update = PatchUpdate(self.session.known.host, places, push, buffer)
+        start = time.perf_counter()
+        patched, _ = self.session.known.patched(push)
+        update = PatchUpdate(self.session.known.host, patched, push, buffer)
+        made = time.perf_counter()
         update.prepare()
+        read = time.perf_counter()
         update.apply()
         torch.cuda.synchronize()
+        end = time.perf_counter()
+        self.phases = {"tables": made - start, "read": read - made, "write": end - read}
         return update
 
     def sums(self) -> dict[str, Any]:
@@ -97,21 +106,29 @@ def loaded(changes: Changes) -> tuple[PatchPush, torch.Tensor]:
 
 def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model: Any, a: Any
             ) -> None:  # fmt: skip
-    source, label = as_source(model), f"{share:.1%}"
+    lister, label = Lister(), f"{share:.1%}"
     flips = Flips(model, share)
-    snapshot = Snapshot(source, PlanReport(), host=False)
+    snapshot = Snapshot(lister.list(model), PlanReport(), host=False)
     flips.flip()
     found: list[Any] = []
-    result.add(f"diff {label}", timed(partial(_diff, found, snapshot, source), a.rounds))
+    compare = partial(_diff, found, snapshot, lister, model)
+    result.add(f"diff {label}", timed(compare, a.rounds))
+    result.add(f"diff {label}, its listing", timed(lambda: lister.list(model), a.rounds))
     found.clear()
     torch.cuda.empty_cache()
     with MemoryPeak() as memory:  # apart: its sampling takes the driver's lock
-        _diff(found, snapshot, source)
+        compare()
     result.facts[f"diff {label} memory MiB"] = memory.above >> 20
     changes: Changes = found[-1]
     result.facts[f"changed {label}"] = changes.changed
+    result.add(f"accept {label}", timed(partial(snapshot.accept, changes), a.rounds))
+    if a.profile:
+        profiled(f"accept {label}", partial(snapshot.accept, changes))
+        flips.flip()
+        profiled(f"diff {label}", compare)
+        flips.flip()
     found.clear()
-    del snapshot
+    del snapshot, compare
     push, buffer = loaded(changes)
     updates: list[Any] = []
 
@@ -122,7 +139,12 @@ def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model
     result.add(
         f"apply {label}", timed(lambda: updates.append(ours.apply(push, buffer)), a.rounds, back)
     )
+    result.phases[f"apply {label}"] = {k: round(v * 1e3, 3) for k, v in ours.phases.items()}
+    print(f"apply {label} phases ms", result.phases[f"apply {label}"], flush=True)
     back()
+    if a.profile:
+        profiled(f"apply {label}", lambda: updates.append(ours.apply(push, buffer)))
+        back()
     torch.cuda.empty_cache()
     with MemoryPeak() as memory:
         updates.append(ours.apply(push, buffer))
@@ -143,11 +165,27 @@ def measure(result: Result, share: float, sync: WeightSync, ours: Applied, model
         for k, v in {**reports[-1].seconds, **reports[-1].replicas[0].seconds}.items()
     }
     print(reports[-1], flush=True)
+    if a.profile:
+        flips.flip()
+        profiled(f"push {label}", lambda: sync.push(model, mode="sparse"))
 
 
-def _diff(found: list[Any], snapshot: Snapshot, source: Any) -> None:
+def profiled(label: str, call: Callable[[], object]) -> None:
+    """Where one call's time goes, on the host and on the GPU."""
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as prof:
+        call()
+        torch.cuda.synchronize()
+    rows = prof.key_averages()
+    print(f"---- {label}, by GPU time\n{rows.table(sort_by='cuda_time_total', row_limit=14)}")
+    print(f"---- {label}, by CPU time\n{rows.table(sort_by='self_cpu_time_total', row_limit=14)}",
+          flush=True)  # fmt: skip
+
+
+def _diff(found: list[Any], snapshot: Snapshot, lister: Lister, model: Any) -> None:
     found.clear()  # the last one's memory is free for this one
-    found.append(snapshot.changes(source, 0.5))
+    found.append(snapshot.changes(lister.list(model), 0.5))
 
 
 def theirs(result: Result, label: str, model: Any, changes: Changes, rounds: int) -> None:
@@ -173,6 +211,7 @@ def main() -> None:
     ap.add_argument("--layers", type=int)
     ap.add_argument("--rounds", type=int, default=10)
     ap.add_argument("--slow-rounds", type=int, default=3, help="of vLLM's own loader")
+    ap.add_argument("--profile", action="store_true", help="print the profiler's tables")
     ap.add_argument("--out", type=Path, required=True)
     a = ap.parse_args()
     os.environ |= {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_PLUGINS": "wt",
@@ -185,7 +224,7 @@ def main() -> None:
     with ExitStack() as stack:
         url = stack.enter_context(engines.server(folder, "ipc", 8110, log, memory=memory))
         model = shapes.trainer_model(folder, "cuda")
-        specs = as_source(model).specs()
+        specs = Lister().list(model).specs
         nbytes = sum(s.nbytes for s in specs)
         result.facts |= {"tensors": len(specs), "bytes": nbytes, "shape": a.shape}
         result.add("floor: one device copy", floor_ms(nbytes))

@@ -7,7 +7,7 @@ import torch
 
 from tests.support import sparse_cases as cases
 from vllm_wt_plugin.sparse import kernels
-from vllm_wt_plugin.sparse.cuda_diff import cuda_diff
+from vllm_wt_plugin.sparse.cuda_diff import CudaPart
 from vllm_wt_plugin.sparse.diff import Pair
 from vllm_wt_plugin.sparse.scatter import row
 from vllm_wt_plugin.wire.params import ParamSpec
@@ -45,13 +45,16 @@ def test_beyond_two_to_the_31_elements() -> None:
     new = old.clone()
     at = torch.tensor([0, 5, 2**31 - 1, 2**31, n - 1], device="cuda")
     new[at] = torch.arange(1, 6, dtype=torch.int8, device="cuda")
-    found = cuda_diff([Pair(ParamSpec("big", "int8", (n,)), new, old)], 1000)
+    found = CudaPart([Pair(ParamSpec("big", "int8", (n,)), new, old)]).find(1000)
     assert found is not None
     assert found.group.indices.dtype == torch.int64
     assert found.group.indices.tolist() == at.tolist()
     place = row(Region(0, (n,), (1,)), old)
     assert place is not None
-    writing = kernels.CudaScatter(found.group, [[[place]]])
+    g = found.group
+    places = {"big": [[place]]}
+    table = kernels.CudaTable(places, {"big": n}, g.indices.dtype, g.values.dtype, old.device)
+    writing = table.scatter(g)
     assert tuple(writing.read()) == found.sums
     writing.write()
     assert torch.equal(old, new)

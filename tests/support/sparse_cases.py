@@ -6,15 +6,18 @@ TRITON_INTERPRET=1 python -m tests.support.sparse_cases     (on the CPU, by Trit
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
+import pytest
 import torch
 
+from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse import cuda_diff, kernels
-from vllm_wt_plugin.sparse.diff import Diff, Pair, torch_diff
+from vllm_wt_plugin.sparse.diff import Diff, Pair, TorchPart
 from vllm_wt_plugin.sparse.patch import WORDS, Group
-from vllm_wt_plugin.sparse.scatter import Row, TorchScatter, layers, row
+from vllm_wt_plugin.sparse.scatter import Row, TorchTable, layers, row
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.plan.segment import Region
 
@@ -57,13 +60,16 @@ def same(a: Diff | None, b: Diff | None) -> None:
 def check_diff(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
     for share in (0.0, 0.01, 0.3, 1.0):
         rows = pairs(dtype, device, share, sizes)
-        want = torch_diff(rows, 10**9)
-        same(cuda_diff.cuda_diff(rows, 10**9), want)
+        want = TorchPart(rows).find(10**9)
+        ours = cuda_diff.CudaPart(rows)
+        same(ours.find(10**9), want)
         assert want is not None
         count = want.group.indices.numel()
-        same(cuda_diff.cuda_diff(rows, count), want)
+        same(ours.find(count), want)
         if count:
-            assert cuda_diff.cuda_diff(rows, count - 1) is None
+            assert ours.find(count - 1) is None
+        ours.accept(want.group)
+        assert equal([p.old for p in rows], [p.new for p in rows])
 
 
 def check_rounding_diff(
@@ -77,26 +83,32 @@ def check_rounding_diff(
         old[:: max(n // 3, 1)] += 1
         rows.append(Pair(ParamSpec(f"w{i}", str(to)[6:], (n,)), new, old))
     rows.append(Pair(ParamSpec("same", str(to)[6:], (7,)), old[:7].clone(), old[:7].clone()))
-    same(cuda_diff.cuda_diff(rows, 10**9), torch_diff(rows, 10**9))
+    same(cuda_diff.CudaPart(rows).find(10**9), TorchPart(rows).find(10**9))
 
 
 def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
     """Whole, rows, columns transposed, in two segments, mirrored, not here at all."""
-    found = torch_diff(pairs(dtype, device, 0.3, sizes), 10**9)
+    found = TorchPart(pairs(dtype, device, 0.3, sizes)).find(10**9)
     assert found is not None
     for wide in (False, True):
         g = found.group
         if wide:
             g = Group(g.specs, g.counts, g.indices.long(), g.values)
         lives: list[torch.Tensor] = []
-        rows = [
-            places(s.numel, kind, dtype, device, lives)
+        rows = {
+            s.name: places(s.numel, kind, dtype, device, lives)
             for s, kind in zip(g.specs, itertools.cycle(range(5)))
-        ]
+        }
+        numels = {s.name: s.numel for s in g.specs}
         before = [x.clone() for x in lives]
-        reference, ours = TorchScatter(g, rows), kernels.CudaScatter(g, rows)
+        way = kernels.CudaTable(rows, numels, g.indices.dtype, g.values.dtype, g.values.device)
+        reference, ours = TorchTable(rows).scatter(g), way.scatter(g)
         sums = reference.read()
         assert ours.read() == sums
+        assert way.scatter(shuffled(g)).read() == sums
+        for wrong in refused(g) if dtype == DTYPES[0] else ():
+            with pytest.raises(RequestError, match=r"given twice|elements"):
+                way.scatter(wrong).read()
         assert equal(lives, before)
         reference.write()
         after = [x.clone() for x in lives]
@@ -107,6 +119,22 @@ def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES)
         assert equal(lives, after)
         ours.undo()
         assert equal(lives, before)
+
+
+def shuffled(g: Group) -> Group:
+    """The same patches, each in another order."""
+    rows = [(i.flip(0), v.flip(0)) for _, i, v in g.rows()]
+    indices, values = (torch.cat(x) for x in zip(*rows, strict=True))
+    return replace(g, indices=indices, values=values)
+
+
+def refused(g: Group) -> Iterator[Group]:
+    """An index below, one beyond its tensor (the last's and the first's), one given twice."""
+    first = g.counts[0]
+    for at, index in ((0, -1), (-1, g.specs[-1].numel), (first - 1, g.specs[0].numel), (-1, -2)):
+        wrong = g.indices.clone()
+        wrong[at] = wrong[at - 1] if index == -2 else index
+        yield replace(g, indices=wrong)
 
 
 def places(
@@ -172,7 +200,8 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
 
 
 def main() -> None:
-    kernels.TILE = cuda_diff.TILE = 256  # the interpreter takes a tile as one step
+    # The interpreter takes a tile as one step.
+    kernels.TILE = kernels.PATCH = cuda_diff.TILE = cuda_diff.CHANGES = 256
     small = (1, 5, 64, 300, 1000, 257)
     for dtype in DTYPES:
         check_diff(dtype, "cpu", small)

@@ -16,6 +16,7 @@ from tests.unit.test_session import Worker
 from tests.unit.toys import same_bits
 from vllm_wt_plugin.errors import TransferError, WeightSyncError
 from vllm_wt_plugin.trainer.delta import Changes, Snapshot
+from vllm_wt_plugin.trainer.listing import Lister
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.wire import exchange
@@ -37,7 +38,8 @@ class Pair:
         done = self.run(msg.PushRequest(reg.id, reg, "1"))
         assert done.report is not None
         self.plan = done.report
-        self.snapshot = Snapshot(self.tensors.items(), self.plan, host=False)
+        self.lister = Lister()
+        self.snapshot = Snapshot(self.lister.list(self.tensors), self.plan, host=False)
 
     def run(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         return exchange.run(exchange.push(request), self.perform)
@@ -55,7 +57,11 @@ class Pair:
             if name.startswith(only):
                 flip = torch.rand(t.shape, generator=g) < share
                 t.copy_(torch.where(flip, t + 1, t))
-        found = self.snapshot.changes(self.tensors.items(), 1.0)
+        found = self.changes()
+        return found
+
+    def changes(self) -> Changes:
+        found = self.snapshot.changes(self.lister.list(self.tensors), 1.0)
         assert found is not None
         return found
 
@@ -89,7 +95,7 @@ def test_patches_equal_a_fresh_load(ranks: int, shadow: bool) -> None:
         pair.run(pair.load(changes, str(step - 1), str(step)))
         pair.snapshot.accept(changes)
         pair.assert_serves(pair.tensors, str(step))
-    assert pair.snapshot.changes(pair.tensors.items(), 1.0).changed == 0  # type: ignore[union-attr]
+    assert pair.changes().changed == 0
 
 
 def test_no_changes_advance_the_version() -> None:
@@ -130,7 +136,7 @@ def test_what_is_corrupted_is_refused(what: str) -> None:
         section = buffer[:4].view(torch.int32)
         section[0] += 1 if int(section[0]) + 1 != int(buffer[4:8].view(torch.int32)) else -1
     else:  # the engine's weights have drifted
-        push = msgspec.structs.replace(push, sums=[(a ^ 8, b) for a, b in push.sums])
+        push = msgspec.structs.replace(push, sums=[s ^ 8 for s in push.sums])
     refused(pair, push, "checksum|index", old)
 
 
@@ -148,7 +154,7 @@ def test_what_does_not_fit_is_refused(change: dict[str, Any], match: str) -> Non
     name = next(n for n in pair.tensors if n not in pair.plan.whole)
     spec = pair.load(pair.change(share=0.0)).specs[0]
     assert spec.name == name
-    push = pair.load(pair.snapshot.changes(pair.tensors.items(), 1.0))  # type: ignore[arg-type]
+    push = pair.load(pair.changes())
     refused(pair, msgspec.structs.replace(push, **change), match, old)
 
 
@@ -180,7 +186,7 @@ def test_a_bare_patch_for_a_packed_module_says_what_to_do() -> None:
     pair = Pair()
     old = copies(pair.tensors)
     with_shadow = msgspec.structs.replace(pair.plan, shadowed=True)
-    pair.snapshot = Snapshot(pair.tensors.items(), with_shadow, host=False)
+    pair.snapshot = Snapshot(pair.lister.list(pair.tensors), with_shadow, host=False)
     refused(pair, pair.load(pair.change()), "takes no patches.*send it in full", old)
 
 

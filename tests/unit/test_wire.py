@@ -397,7 +397,7 @@ def test_updates_that_do_not_fit(change: dict[str, Any], where: str) -> None:
 def patch_push(**change: Any) -> PatchPush:
     given = dict(
         names=["w"], dtype_names=["bfloat16"], shapes=[(4, 4)], num_updates_list=[3],
-        registration=KEY, base_version="1", sums=[(1, 2)],
+        registration=KEY, base_version="1", sums=[-5],
     )  # fmt: skip
     return PatchPush(**(given | change))
 
@@ -407,7 +407,7 @@ def patch_push(**change: Any) -> PatchPush:
     [
         ({"dtype_names": []}, "$.dtype_names"),
         ({"num_updates_list": []}, "$.num_updates_list"),
-        ({"sums": [(1, 2), (3, 4)]}, "$.sums"),
+        ({"sums": [1, 2]}, "$.sums"),
         ({"names": [], "dtype_names": [], "shapes": [], "num_updates_list": [], "sums": []},
          "$.names"),
         ({"num_updates_list": [17]}, "w"),
@@ -422,14 +422,14 @@ def test_patches_that_do_not_fit(change: dict[str, Any], where: str) -> None:
 
 
 def test_parts_of_all_ranks_add_up() -> None:
-    push = patch_push(names=["a", "b", "c"], sums=[(5, 2**32 - 1), (7, 7), (1, 1)])
+    push = patch_push(names=["a", "b", "c"], sums=[-(2**63) + 5, 7, 1])
     ranks: list[dict[str, list[Part]]] = [
-        {"a": [("rows 0", (3, 2**32 - 4))], "b": [("all", (7, 7))]},
-        {"a": [("rows 1", (2, 3))], "b": [("all", (7, 7))]},
+        {"a": [("rows 0", 2**63 - 1)], "b": [("all", 7)]},
+        {"a": [("rows 1", 6)], "b": [("all", 7)]},
     ]
     assert list(wrong_sums(push, ranks)) == []
-    ranks[1]["b"] = [("all", (7, 8))]  # the same elements, and two ranks disagree
-    ranks[0]["a"] = [("rows 0", (4, 2**32 - 4))]
+    ranks[1]["b"] = [("all", 8)]  # the same elements, and two ranks disagree
+    ranks[0]["a"] = [("rows 0", 4)]
     assert list(wrong_sums(push, ranks)) == ["a", "b"]
 
 

@@ -1,12 +1,15 @@
 """Checksums that survive sharding: a sum over elements, so ranks add up and patches move it.
 
-    H(T) = Σ bits(T[i]) · mix(name, i)  mod 2^32, in two lanes
+    H(T) = Σ word(T, w) · mix(name, w)  mod 2^64
 
-`i` is the flat index in the checkpoint tensor, whoever holds the element, so shards of any form
-add up to the whole, and a patch moves H by Σ (new − old) · mix(i). Factors are odd: a single
-flipped bit always shows. With one lane two exchanged values that differ in a high bit alone would
-pass once in 2^16; two lanes cost five more operations and make that 2^32. `kernels.py` has the
-same arithmetic for CUDA; here is what it means.
+over the 4-byte words of the contiguous checkpoint tensor. An element smaller than a word adds its
+bits at its place in the word, one of 8 bytes is two words. `w` counts in the checkpoint tensor,
+whoever holds the element, so shards of any form add up to the whole, and a patch moves H by
+Σ (new − old) · mix. Word and factor have 32 bits each: the product of a change and a factor, which
+is odd, is never 0, so a single changed word always shows, whatever bits of it; two changes cancel
+once in about 2^31. (Modulo 2^32 two flipped sign bits would cancel always.) It costs a GPU about
+nine operations a word, less time than reading it. `kernels.py` has the same arithmetic for CUDA;
+here is what it means.
 """
 
 from __future__ import annotations
@@ -14,33 +17,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 
 MASK = 0xFFFFFFFF
 # Odd constants with well-mixed bits (from xxHash and lowbias32); C_HIGH folds in bits above 2^32.
-C_INDEX, C_MIX, C_LANE, C_HIGH = 0x9E3779B1, 0x7FEB352D, 0x846CA68B, 0x85EBCA77
+C_INDEX, C_MIX, C_HIGH = 0x9E3779B1, 0x7FEB352D, 0x85EBCA77
 CHUNK = 1 << 20  # elements at a time: bounds temporary memory to some tens of MB
 _BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int32}
 
 
-class Sum(NamedTuple):
-    """Two lanes of 32 bits; a group under addition modulo 2^32."""
-
-    a: int
-    b: int
-
-    def __add__(self, other: object) -> Sum:
-        if not isinstance(other, Sum):
-            return NotImplemented
-        return Sum((self.a + other.a) & MASK, (self.b + other.b) & MASK)
-
-    def __sub__(self, other: Sum) -> Sum:
-        return Sum((self.a - other.a) & MASK, (self.b - other.b) & MASK)
-
-
-ZERO = Sum(0, 0)
+def wrap(total: int) -> int:
+    """A sum modulo 2^64 as a checksum is written: a signed 64-bit number."""
+    return (total + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 class Place(Protocol):
@@ -59,16 +49,14 @@ def seed(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=4).digest(), "little")
 
 
-def mix(seed: int, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The odd factors of the two lanes, as int64 in [0, 2^32), for int64 flat indices."""
-    x = _mul(index & MASK, C_INDEX) + _mul(index >> 32, C_HIGH) + seed & MASK
+def mix(seed: int, word: torch.Tensor) -> torch.Tensor:
+    """The odd factors of the words at these int64 places, as int64 in [0, 2^32)."""
+    x = _mul(word & MASK, C_INDEX) + _mul(word >> 32, C_HIGH) + seed & MASK
     x = _mul(x ^ (x >> 16), C_MIX)
-    x = x ^ (x >> 15)
-    y = _mul(x, C_LANE)
-    return x | 1, (y ^ (y >> 16)) | 1
+    return x ^ (x >> 15) | 1
 
 
-def checksum(name: str, tensor: torch.Tensor) -> Sum:
+def checksum(name: str, tensor: torch.Tensor) -> int:
     """H of a whole checkpoint tensor, of any dtype, shape and stride. Blocking."""
     strides, step = [], 1
     for n in reversed(tensor.shape):
@@ -77,7 +65,7 @@ def checksum(name: str, tensor: torch.Tensor) -> Sum:
     return _strided(seed(name), tensor, 0, tuple(reversed(strides)))
 
 
-def checksum_region(name: str, part: torch.Tensor, place: Place) -> Sum:
+def checksum_region(name: str, part: torch.Tensor, place: Place) -> int:
     """The share of H that `part` has: a view (any strides) of the elements that `place` names.
 
     Summed over disjoint places that fill the tensor it is `checksum` of the whole.
@@ -87,17 +75,17 @@ def checksum_region(name: str, part: torch.Tensor, place: Place) -> Sum:
     return _strided(seed(name), part, place.offset, place.stride)
 
 
-def checksum_values(name: str, indices: torch.Tensor, values: torch.Tensor) -> Sum:
+def checksum_values(name: str, indices: torch.Tensor, values: torch.Tensor) -> int:
     """The share of H of `values` (1-d) that stand at flat `indices`, in any order."""
-    total, key = ZERO, seed(name)
+    total, key = 0, seed(name)
     for i in range(0, indices.numel(), CHUNK):
         total += _sum(key, values[i : i + CHUNK], indices[i : i + CHUNK].long())
-    return total
+    return wrap(total)
 
 
-def checksum_change(name: str, indices: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> Sum:
+def checksum_change(name: str, indices: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> int:
     """What replacing `old` by `new` (1-d, one dtype) at flat `indices` adds to H."""
-    return checksum_values(name, indices, new) - checksum_values(name, indices, old)
+    return wrap(checksum_values(name, indices, new) - checksum_values(name, indices, old))
 
 
 def words(t: torch.Tensor) -> torch.Tensor:
@@ -111,20 +99,20 @@ def words(t: torch.Tensor) -> torch.Tensor:
     return parts.long() & ((1 << min(8 * size, 32)) - 1)
 
 
-def _mul(a: torch.Tensor, b: torch.Tensor | int) -> torch.Tensor:
+def _mul(a: torch.Tensor, b: int) -> torch.Tensor:
     """a · b mod 2^32 of int64 words, without a product beyond 2^63."""
     return (a * (b & 0xFFFF) + ((a * (b >> 16) & 0xFFFF) << 16)) & MASK
 
 
-def _strided(key: int, part: torch.Tensor, offset: int, stride: tuple[int, ...]) -> Sum:
-    total = ZERO
+def _strided(key: int, part: torch.Tensor, offset: int, stride: tuple[int, ...]) -> int:
+    total = 0
     for piece, start in _chunks(part, offset, stride):
         index = torch.full((1,) * max(piece.dim(), 1), start, device=part.device)
         for d, n in enumerate(piece.shape):
             steps = torch.arange(n, device=part.device) * stride[part.dim() - piece.dim() + d]
             index = index + steps.view([-1 if e == d else 1 for e in range(piece.dim())])
         total += _sum(key, piece.reshape(-1), index.expand(piece.shape or (1,)).reshape(-1))
-    return total
+    return wrap(total)
 
 
 def _chunks(
@@ -147,11 +135,12 @@ def _chunks(
             yield from _chunks(rest[0], at, stride)
 
 
-def _sum(key: int, values: torch.Tensor, index: torch.Tensor) -> Sum:
-    bits = words(values)
-    lanes = [torch.zeros((), dtype=torch.int64, device=values.device) for _ in range(2)]
-    for word in range(bits.shape[-1]):  # an 8-byte element takes two indices
-        factors = mix(key, index * bits.shape[-1] + word)
-        lanes = [x + _mul(f, bits[..., word]).sum() for x, f in zip(lanes, factors, strict=True)]
-    a, b = torch.stack(lanes).tolist()
-    return Sum(a & MASK, b & MASK)
+def _sum(key: int, values: torch.Tensor, index: torch.Tensor) -> int:
+    bits, size = words(values), values.element_size()
+    many, per = bits.shape[-1], max(1, 4 // size)  # words in an element, elements in a word
+    total = torch.zeros((), dtype=torch.int64, device=values.device)
+    for k in range(many):
+        at = index * many + k
+        shifted = bits[..., k] << (at % per * 8 * size)
+        total += (shifted * mix(key, at // per)).sum()
+    return int(total)

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
-from vllm_wt_plugin.sparse.checksum import Sum, checksum_change
+from vllm_wt_plugin.sparse.checksum import checksum_change
 from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
 from vllm_wt_plugin.wire.params import ParamSpec
 
@@ -30,62 +31,104 @@ class Diff:
     """A group of what changed, and by how much each tensor's checksum moves."""
 
     group: Group
-    sums: tuple[Sum, ...]
+    sums: tuple[int, ...]
 
 
-def diff(pairs: Sequence[Pair], capacity: int) -> list[Diff] | None:
-    """The changes, tensors without any left out; None if more than `capacity` elements changed.
+class Part(Protocol):
+    """Pairs of one device, word and index width."""
 
-    Blocking. Temporary memory: that of the changes, on CUDA a bit per element, plus one tensor
-    where it must be rounded or made contiguous first.
+    def find(self, capacity: int) -> Diff | None:
+        """The changes, tensors without any left out; None if there are more than `capacity`."""
+
+    def accept(self, group: Group) -> None:
+        """Write the changed values of a find, or some of its tensors, into the old copies."""
+
+
+class Comparison:
+    """Pairs that are compared again and again: what stays the same is prepared once.
+
+    Temporary memory: that of the changes, on CUDA a bit per element, plus one tensor where it
+    must be rounded or made contiguous first.
     """
-    groups: dict[tuple[torch.device, int, torch.dtype], list[Pair]] = {}
-    for p in pairs:
-        if p.spec.numel:
-            key = p.new.device, p.old.element_size(), index_dtype(p.spec.numel)
-            groups.setdefault(key, []).append(p)
-    out: list[Diff] = []
-    for (device, *_), rows in groups.items():
-        if device.type == "cuda":
-            from vllm_wt_plugin.sparse.cuda_diff import cuda_diff as one
-        else:
-            one = torch_diff
-        found = one(rows, capacity)
-        if found is None:
-            return None
-        capacity -= found.group.indices.numel()
-        if found.group.specs:
-            out.append(found)
-    return out
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        groups: dict[tuple[torch.device, int, torch.dtype], list[Pair]] = {}
+        for p in pairs:
+            if p.spec.numel:
+                key = p.new.device, p.old.element_size(), index_dtype(p.spec.numel)
+                groups.setdefault(key, []).append(p)
+        self._parts = [_part(rows) for rows in groups.values()]
+        self._part_of = {
+            p.spec.name: part
+            for rows, part in zip(groups.values(), self._parts, strict=True)
+            for p in rows
+        }
+
+    def changes(self, capacity: int) -> list[Diff] | None:
+        """What differs now; None if more than `capacity` elements do. Blocking."""
+        out: list[Diff] = []
+        for part in self._parts:
+            found = part.find(capacity)
+            if found is None:
+                return None
+            capacity -= found.group.indices.numel()
+            if found.group.specs:
+                out.append(found)
+        return out
+
+    def accept(self, groups: Sequence[Group]) -> None:
+        """The old copies take the changed values. Asynchronous on CUDA."""
+        for group in groups:
+            self._part_of[group.specs[0].name].accept(group)
 
 
-def torch_diff(pairs: Sequence[Pair], capacity: int) -> Diff | None:
-    """The reference, for pairs of one word and index width."""
-    word = WORDS[pairs[0].old.element_size()]
-    index = index_dtype(pairs[0].spec.numel)
-    specs, counts, indices, values, sums = [], [], [], [], []
-    for p in pairs:
-        new = p.new.to(p.old.dtype).contiguous().reshape(-1).view(word)
-        old = p.old.reshape(-1).view(word)
-        at = (new != old.to(new.device)).nonzero().squeeze(1)
-        if not at.numel():
-            continue
-        capacity -= at.numel()
-        if capacity < 0:
-            return None
-        specs.append(p.spec)
-        counts.append(at.numel())
-        indices.append(at.to(index))
-        values.append(new[at])
-        sums.append(
-            checksum_change(p.spec.name, at, old[at.to(old.device)].to(new.device), new[at])
+def _part(pairs: list[Pair]) -> Part:
+    if pairs[0].new.device.type == "cuda":
+        from vllm_wt_plugin.sparse.cuda_diff import CudaPart
+
+        return CudaPart(pairs)
+    return TorchPart(pairs)
+
+
+class TorchPart:
+    """The reference."""
+
+    def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._pairs = pairs
+        self._old = {p.spec.name: _words(p.old) for p in pairs}
+
+    def find(self, capacity: int) -> Diff | None:
+        word = WORDS[self._pairs[0].old.element_size()]
+        index = index_dtype(self._pairs[0].spec.numel)
+        specs, counts, indices, values, sums = [], [], [], [], []
+        for p in self._pairs:
+            new, old = _words(p.new.to(p.old.dtype).contiguous()), self._old[p.spec.name]
+            at = (new != old.to(new.device)).nonzero().squeeze(1)
+            if not at.numel():
+                continue
+            capacity -= at.numel()
+            if capacity < 0:
+                return None
+            specs.append(p.spec)
+            counts.append(at.numel())
+            indices.append(at.to(index))
+            values.append(new[at])
+            before = old[at.to(old.device)].to(new.device)
+            sums.append(checksum_change(p.spec.name, at, before, new[at]))
+        none = torch.empty(0, device=self._pairs[0].new.device)
+        group = Group(
+            tuple(specs),
+            tuple(counts),
+            torch.cat(indices or [none.to(index)]),
+            torch.cat(values or [none.to(word)]),
         )
-    device = pairs[0].new.device
-    none = torch.empty(0, device=device)
-    group = Group(
-        tuple(specs),
-        tuple(counts),
-        torch.cat(indices or [none.to(index)]),
-        torch.cat(values or [none.to(word)]),
-    )
-    return Diff(group, tuple(sums))
+        return Diff(group, tuple(sums))
+
+    def accept(self, group: Group) -> None:
+        for spec, indices, values in group.rows():
+            old = self._old[spec.name]
+            old[indices.long().to(old.device)] = values.to(old.device)
+
+
+def _words(t: torch.Tensor) -> torch.Tensor:
+    return t.reshape(-1).view(WORDS[t.element_size()])

@@ -6,8 +6,9 @@ a program needs to know is a row of integers in a table on the device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,13 +16,13 @@ import triton
 import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
-from vllm_wt_plugin.sparse.checksum import Sum
-from vllm_wt_plugin.sparse.patch import Group
-from vllm_wt_plugin.sparse.scatter import Row, seeds
+from vllm_wt_plugin.sparse.patch import Group, ordered
+from vllm_wt_plugin.sparse.scatter import Layers, Row
 
-TILE = 4096  # elements compared, summed or moved by one program
-C_INDEX, C_MIX = tl.constexpr(cs.C_INDEX), tl.constexpr(cs.C_MIX)
-C_LANE, C_HIGH = tl.constexpr(cs.C_LANE), tl.constexpr(cs.C_HIGH)
+TILE = 4096  # words summed by one program
+PATCH = 2048  # elements of a patch moved by one program
+WARPS = {"sums": 8, "patch": 8}
+C_INDEX, C_MIX, C_HIGH = tl.constexpr(cs.C_INDEX), tl.constexpr(cs.C_MIX), tl.constexpr(cs.C_HIGH)
 READ, WRITE, UNDO = 0, 1, 2
 WORD_TYPE = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
@@ -30,37 +31,34 @@ WORD_TYPE = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _share(values, index, key, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The two lanes' products of 32-bit words at flat indices: `checksum.mix`."""
-    x = index.to(tl.uint32) * C_INDEX + key
+def _mix(word, key, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """`checksum.mix` of 4-byte words at these places, in 32 bits."""
+    x = word.to(tl.uint32) * C_INDEX + key
     if WIDE:
-        x += (index >> 32).to(tl.uint32) * C_HIGH
+        x += (word >> 32).to(tl.uint32) * C_HIGH
     x = (x ^ (x >> 16)) * C_MIX
-    x = x ^ (x >> 15)
-    y = x * C_LANE
-    y = y ^ (y >> 16)
-    return values * (x | 1), values * (y | 1)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def lanes(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same for elements of SIZE bytes; 8-byte ones are two words at twice the index."""
-    if SIZE == 8:
-        twice = index.to(tl.int64) * 2  # a narrow index has no upper half to shift down
-        a, b = _share(words.to(tl.uint32), twice, key, True)
-        c, d = _share((words >> 32).to(tl.uint32), twice + 1, key, True)
-        return a + c, b + d
-    if SIZE == 4:
-        return _share(words.to(tl.uint32, bitcast=True), index, key, WIDE)
-    if SIZE == 2:
-        return _share(words.to(tl.uint16, bitcast=True).to(tl.uint32), index, key, WIDE)
-    return _share(words.to(tl.uint32), index, key, WIDE)
+    return (x ^ (x >> 15)) | 1
 
 
 @triton.jit
-def add(sums, entry, a, b):  # type: ignore[no-untyped-def]
-    tl.atomic_add(sums + entry * 2, tl.sum(a.to(tl.int32, bitcast=True)), sem="relaxed")
-    tl.atomic_add(sums + entry * 2 + 1, tl.sum(b.to(tl.int32, bitcast=True)), sem="relaxed")
+def _product(bits, factor):  # type: ignore[no-untyped-def]
+    return (bits.to(tl.uint64) * factor.to(tl.uint64)).to(tl.int64, bitcast=True)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def share(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What each element of SIZE bytes adds to the checksum, int64."""
+    if SIZE == 8:
+        twice = index.to(tl.int64) * 2  # a narrow index has no upper half to shift down
+        low = _product(words.to(tl.uint32), _mix(twice, key, True))
+        return low + _product((words >> 32).to(tl.uint32), _mix(twice + 1, key, True))
+    if SIZE == 4:
+        return _product(words.to(tl.uint32, bitcast=True), _mix(index, key, WIDE))
+    if SIZE == 2:
+        bits = words.to(tl.uint16, bitcast=True).to(tl.uint32)
+        return _product(bits << ((index & 1) * 16).to(tl.uint32), _mix(index >> 1, key, WIDE))
+    bits = words.to(tl.uint32) << ((index & 3) * 8).to(tl.uint32)
+    return _product(bits, _mix(index >> 2, key, WIDE))
 
 
 # ---- scatter ------------------------------------------------------------------------------
@@ -68,22 +66,26 @@ def add(sums, entry, a, b):  # type: ignore[no-untyped-def]
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _scatter(  # type: ignore[no-untyped-def]
-    entries, rows, tiles, indices, values, kept, sums, MODE: tl.constexpr, SUM: tl.constexpr,
-    DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr,
-    TILE: tl.constexpr,
+    entries, rows, tiles, which, starts, indices, values, kept, found, MODE: tl.constexpr,
+    FIRST: tl.constexpr, DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr,
+    WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """entries [n, 5]: first element, end, first row, end row, seed. rows [m, 2 + 3 DIMS]:
-    address, source offset, (size, source stride, destination stride) per dimension."""
+    """Elements `starts[i]` to `starts[i + 1]` belong to entry `which[i]`. entries [n, 4]: first
+    row, end row, seed, elements. rows [m, 2 + 3 DIMS]: address, source offset, (size, source
+    stride, destination stride) per dimension. found [n, 2]: what is added to the checksum, and
+    how many indices do not ascend or are out of range."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    entry = tl.load(tile)
-    own = entries + entry * 5
-    at = tl.load(own) + tl.load(tile + 1) + tl.arange(0, TILE)
-    mask = at < tl.load(own + 1)
+    patch = tl.load(tile)
+    own = entries + tl.load(which + patch) * 4
+    begin = tl.load(starts + patch)
+    at = begin + tl.load(tile + 1) + tl.arange(0, TILE)
+    mask = at < tl.load(starts + patch + 1)
     index = tl.load(indices + at, mask=mask, other=0)
-    new = tl.load(values + at, mask=mask, other=0)
-    key = tl.load(own + 4).to(tl.uint32)
-    first, end = tl.load(own + 2), tl.load(own + 3)
-    for r in range(first, end):
+    moved = tl.zeros([TILE], tl.int64)
+    key = tl.load(own + 2).to(tl.uint32)
+    if MODE != 2:
+        new = tl.load(values + at, mask=mask, other=0)
+    for r in range(tl.load(own), tl.load(own + 1)):
         row = rows + r * (2 + 3 * DIMS)
         dest = tl.load(row).to(tl.pointer_type(WORD))
         rest = index - tl.load(row + 1).to(index.dtype)
@@ -99,64 +101,94 @@ def _scatter(  # type: ignore[no-untyped-def]
         if MODE == 0:
             old = tl.load(dest + offset, mask=inside, other=0)
             tl.store(kept + at, old, mask=inside)
-            if SUM:
-                a, b = lanes(new, index, key, SIZE, WIDE)
-                c, d2 = lanes(old, index, key, SIZE, WIDE)
-                add(sums, entry, tl.where(inside, a - c, 0), tl.where(inside, b - d2, 0))
+            if FIRST:
+                change = share(new, index, key, SIZE, WIDE) - share(old, index, key, SIZE, WIDE)
+                moved += tl.where(inside, change, 0)
         else:
-            value = new if MODE == 1 else tl.load(kept + at, mask=inside, other=0)
+            value = tl.load(kept + at, mask=inside, other=0) if MODE == 2 else new
             tl.store(dest + offset, value, mask=inside)
+    if MODE == 0 and FIRST:
+        before = tl.load(indices + at - 1, mask=mask & (at > begin), other=-1)
+        bad = tl.sum((mask & ((index <= before) | (index >= tl.load(own + 3)))).to(tl.int32))
+        tl.atomic_add(found + patch * 2, tl.sum(moved), sem="relaxed")
+        if bad > 0:
+            tl.atomic_add(found + patch * 2 + 1, bad.to(tl.int64), sem="relaxed")
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    entries: torch.Tensor
+    rows: torch.Tensor
+
+
+class CudaTable:
+    """`scatter.table` on a device: one row of numbers for every tensor and every segment."""
+
+    def __init__(
+        self, rows: Mapping[str, Layers], numels: Mapping[str, int], index: torch.dtype,
+        word: torch.dtype, device: torch.device,
+    ) -> None:  # fmt: skip
+        self._held = rows  # the memory whose addresses the table has
+        self.ids = {name: i for i, name in enumerate(rows)}
+        self.size, self.wide = word.itemsize, index == torch.int64
+        every = [r for own in rows.values() for layer in own for r in layer]
+        self.dims = max((len(r.dims) for r in every), default=1)
+        depth = max((len(own) for own in rows.values()), default=1)
+        self.layers = [self._layer(k, numels, device) for k in range(max(depth, 1))]
+
+    def _layer(self, k: int, numels: Mapping[str, int], device: torch.device) -> _Layer:
+        entries, table = [], list[list[int]]()
+        far = 2**62 if self.wide else 2**31 - 1  # a dimension of one step, beyond every index
+        for name, own in self._held.items():
+            layer = own[k] if k < len(own) else []
+            entries.append([len(table), len(table) + len(layer), cs.seed(name), numels[name]])
+            for r in layer:
+                pad = [1, far, 0] * (self.dims - len(r.dims))
+                table.append([r.dest.data_ptr(), r.offset, *pad, *(x for d in r.dims for x in d)])
+        table = table or [[0] * (2 + 3 * self.dims)]
+        return _Layer(torch.tensor(entries, device=device), torch.tensor(table, device=device))
+
+    def scatter(self, group: Group) -> CudaScatter:
+        return CudaScatter(self, group)
 
 
 class CudaScatter:
     """`scatter.TorchScatter` in one launch per layer and step. Asynchronous, but for `read`."""
 
-    def __init__(self, group: Group, rows: Sequence[list[list[Row]]]) -> None:
-        self._group, device = group, group.values.device
-        self._held = rows  # the memory whose addresses the tables have
-        self._size = group.values.element_size()
-        self._wide = group.indices.dtype == torch.int64
-        self._dims = max((len(r.dims) for own in rows for ly in own for r in ly), default=1)
-        self._tiles, self._grid = tiles(group.counts, device, TILE)
-        depth = max((len(own) for own in rows), default=0)
-        self._layers = [self._tables([own[k] if k < len(own) else [] for own in rows])
-                        for k in range(depth)]  # fmt: skip
-        self._kept = [torch.empty_like(group.values) for _ in range(depth)]
-        self._sums = torch.zeros(len(group.specs), 2, dtype=torch.int32, device=device)
-
-    def _tables(self, layer: list[list[Row]]) -> tuple[torch.Tensor, torch.Tensor]:
-        entries: list[list[int]] = []
-        table: list[list[int]] = []
-        far = 2**31 - 1  # a dimension of one step, beyond every index
-        bounds = zip(self._group.starts, self._group.starts[1:], seeds(self._group), layer,
-                     strict=False)  # fmt: skip
-        for start, stop, key, own in bounds:
-            entries.append([start, stop, len(table), len(table) + len(own), key])
-            for r in own:
-                pad = [1, far if not self._wide else 2**62, 0] * (self._dims - len(r.dims))
-                dims = [x for d in r.dims for x in d]
-                table.append([r.dest.data_ptr(), r.offset, *pad, *dims])
-        table = table or [[0] * (2 + 3 * self._dims)]
-        device = self._group.values.device
-        return torch.tensor(entries, device=device), torch.tensor(table, device=device)
+    def __init__(self, table: CudaTable, group: Group) -> None:
+        self._table, self._group, device = table, group, group.values.device
+        self._tiles, self._grid = tiles(group.counts, device, PATCH)
+        which = [table.ids[s.name] for s in group.specs]
+        self._which, self._starts = torch.tensor([[*which, 0], group.starts]).to(device)
+        self._kept = [torch.empty_like(group.values) for _ in table.layers]
+        self._found = torch.zeros(len(which), 2, dtype=torch.int64, device=device)
 
     def _launch(self, mode: int) -> None:
-        g = self._group
+        g, table = self._group, self._table
         kernel: Any = _scatter
         if not self._grid:
             return
         with on(g.values.device):
-            for k, (entries, table) in enumerate(self._layers):
+            for k, layer in enumerate(table.layers):
                 kernel[self._grid,](
-                    entries, table, self._tiles, g.indices, g.values, self._kept[k], self._sums,
-                    MODE=mode, SUM=k == 0, DIMS=self._dims, WORD=WORD_TYPE[self._size],
-                    SIZE=self._size, WIDE=self._wide, TILE=TILE, num_warps=8,
+                    layer.entries, layer.rows, self._tiles, self._which, self._starts, g.indices,
+                    g.values, self._kept[k], self._found, MODE=mode, FIRST=k == 0,
+                    DIMS=table.dims, WORD=WORD_TYPE[table.size], SIZE=table.size,
+                    WIDE=table.wide, TILE=PATCH, num_warps=WARPS["patch"],
                 )  # fmt: skip
 
-    def read(self) -> list[Sum]:
-        self._sums.zero_()
+    def read(self) -> list[int]:
+        found = self._read()
+        if bool(found[:, 1].any()):
+            self._group = ordered(self._group)
+            found = self._read()
+        sums: list[int] = found[:, 0].tolist()
+        return sums
+
+    def _read(self) -> torch.Tensor:
+        self._found.zero_()
         self._launch(READ)
-        return as_sums(self._sums)
+        return self._found.cpu()
 
     def write(self) -> None:
         self._launch(WRITE)
@@ -169,7 +201,25 @@ class CudaScatter:
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _whole(  # type: ignore[no-untyped-def]
+def _run(rows, tiles, sums, WIDE: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Words in a run. rows [n, 4]: address (of 16 bytes), first word, words (a multiple of 4),
+    seed."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    entry = tl.load(tile)
+    row = rows + entry * 4
+    start = tl.multiple_of(tl.load(tile + 1), TILE)
+    left = tl.multiple_of(tl.minimum(tl.load(row + 2) - start, TILE).to(tl.int32), 4)
+    lane = tl.arange(0, TILE)
+    run = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.int32)), 16) + start
+    words = tl.load(run + lane, mask=lane < left, other=0).to(tl.uint32, bitcast=True)
+    first, key = tl.load(row + 1) + start, tl.load(row + 3).to(tl.uint32)
+    place = first + lane if WIDE else first.to(tl.uint32) + lane.to(tl.uint32)
+    total = tl.sum(_product(words, _mix(place, key, WIDE)))
+    tl.atomic_add(sums + entry, total, sem="relaxed")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _strided(  # type: ignore[no-untyped-def]
     rows, tiles, sums, DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr,
     WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
@@ -177,51 +227,77 @@ def _whole(  # type: ignore[no-untyped-def]
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     entry = tl.load(tile)
     row = rows + entry * (4 + 3 * DIMS)
-    j = tl.load(tile + 1) + tl.arange(0, TILE)
-    mask = j < tl.load(row + 2)
-    index = tl.zeros([TILE], tl.int64) + tl.load(row + 1)
+    KIND: tl.constexpr = tl.int64 if WIDE else tl.int32
+    rest = (tl.load(tile + 1) + tl.arange(0, TILE)).to(KIND)
+    mask = rest < tl.load(row + 2)
+    index = tl.zeros([TILE], KIND) + tl.load(row + 1).to(KIND)
     offset = tl.zeros([TILE], tl.int64)
-    rest = j
     for k in tl.static_range(DIMS):
         dim = row + 4 + 3 * (DIMS - 1 - k)
         if k == DIMS - 1:
             step = rest
         else:
-            size = tl.load(dim)
+            size = tl.load(dim).to(KIND)
             step = rest % size
             rest = rest // size
-        index += step * tl.load(dim + 1)
-        offset += step * tl.load(dim + 2)
+        index += step * tl.load(dim + 1).to(KIND)
+        offset += step.to(tl.int64) * tl.load(dim + 2)
     words = tl.load(tl.load(row).to(tl.pointer_type(WORD)) + offset, mask=mask, other=0)
-    a, b = lanes(words, index, tl.load(row + 3).to(tl.uint32), SIZE, WIDE)
-    add(sums, entry, tl.where(mask, a, 0), tl.where(mask, b, 0))
+    total = share(words, index, tl.load(row + 3).to(tl.uint32), SIZE, WIDE)
+    tl.atomic_add(sums + entry, tl.sum(total), sem="relaxed")
 
 
-def cuda_sums(parts: Sequence[tuple[int, Row]]) -> list[Sum]:
-    """`checksum.checksum_region` of many (seed, live elements), one launch per word width."""
-    out: list[Sum] = [cs.ZERO] * len(parts)
-    whole: Any = _whole
-    sizes = {r.dest.element_size() for _, r in parts}
-    for size in sizes:
-        mine = [i for i, (_, r) in enumerate(parts) if r.dest.element_size() == size]
-        dims = max(len(parts[i][1].dims) for i in mine)
-        table = []
-        for key, r in (parts[i] for i in mine):
-            pad = [1, 0, 0] * (dims - len(r.dims))
-            flat = [x for d in r.dims for x in d]
-            table.append([r.dest.data_ptr(), r.offset, r.numel, key, *pad, *flat])
-        device = parts[mine[0]][1].dest.device
-        counts = [parts[i][1].numel for i in mine]
-        all_tiles, grid = tiles(counts, device, TILE)
-        sums = torch.zeros(len(mine), 2, dtype=torch.int32, device=device)
-        with on(device):
-            whole[grid,](
-                torch.tensor(table, device=device), all_tiles, sums, DIMS=dims,
-                WORD=WORD_TYPE[size], SIZE=size, WIDE=max(counts) > 2**31, TILE=TILE, num_warps=8,
-            )  # fmt: skip
-        for i, s in zip(mine, as_sums(sums), strict=True):
+def cuda_sums(parts: Sequence[tuple[int, Row]]) -> list[int]:
+    """`checksum.checksum_region` of many (seed, live elements): a launch for all that are a run
+    of whole words, one more for each other form."""
+    out = [0] * len(parts)
+    forms: dict[tuple[int, int, bool], list[int]] = {}
+    for i, (_, r) in enumerate(parts):
+        forms.setdefault(_form(r), []).append(i)
+    for form, mine in forms.items():
+        for i, s in zip(mine, _sums([parts[i] for i in mine], *form), strict=True):
             out[i] = s
     return out
+
+
+def _form(r: Row) -> tuple[int, int, bool]:
+    """Dimensions (0: a run of words), bytes per element, and whether indices need 64 bits."""
+    size = r.dest.element_size()
+    last = r.offset + sum((n - 1) * s for n, s, _ in r.dims)
+    bytes_ = (r.offset * size, r.numel * size, r.dest.data_ptr())
+    if len(r.dims) == 1 and r.dims[0][1:] == (1, 1) and not any(x % 16 for x in bytes_):
+        return 0, 4, (last + 1) * size // 4 > cs.MASK
+    return len(r.dims), size, last >= 2**31
+
+
+def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) -> list[int]:
+    device = parts[0][1].dest.device
+    if dims:
+        table = [
+            [r.dest.data_ptr(), r.offset, r.numel, key, *(x for d in r.dims for x in d)]
+            for key, r in parts
+        ]
+    else:
+        bytes_ = [r.dest.element_size() for _, r in parts]
+        table = [
+            [r.dest.data_ptr(), r.offset * b // 4, r.numel * b // 4, key]
+            for (key, r), b in zip(parts, bytes_, strict=True)
+        ]
+    every, grid = tiles([row[2] for row in table], device, TILE)
+    rows = torch.tensor(table, device=device)
+    sums = torch.zeros(len(parts), dtype=torch.int64, device=device)
+    run: Any = _run
+    strided: Any = _strided
+    with on(device):
+        if dims:
+            strided[grid,](
+                rows, every, sums, DIMS=dims, WORD=WORD_TYPE[size], SIZE=size, WIDE=wide,
+                TILE=TILE, num_warps=WARPS["sums"],
+            )  # fmt: skip
+        else:
+            run[grid,](rows, every, sums, WIDE=wide, TILE=TILE, num_warps=WARPS["sums"])
+        found: list[int] = sums.tolist()
+    return found
 
 
 # ---- tables -------------------------------------------------------------------------------
@@ -236,10 +312,6 @@ def tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch
     which = torch.repeat_interleave(per, output_size=total)
     within = torch.arange(total, device=device) - (per.cumsum(0) - per)[which]
     return torch.stack([which, within * size], 1), total
-
-
-def as_sums(lanes: torch.Tensor) -> list[Sum]:
-    return [Sum(a & cs.MASK, b & cs.MASK) for a, b in lanes.tolist()]
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

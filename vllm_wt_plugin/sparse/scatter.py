@@ -8,16 +8,17 @@ group in one launch. Time and memory are those of the changed elements, whatever
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 
-from vllm_wt_plugin.sparse.checksum import ZERO, Place, Sum, checksum_change, seed
-from vllm_wt_plugin.sparse.patch import WORDS, Group
+from vllm_wt_plugin.sparse.checksum import Place, checksum_change, wrap
+from vllm_wt_plugin.sparse.patch import WORDS, Group, ordered
 
 MAX_DIMS = 4
+Layers = list[list["Row"]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +95,13 @@ def row(source: Place, dest: torch.Tensor) -> Row | None:
     return Row(whole, source.offset, tuple(dims))
 
 
-def layers(rows: Iterable[Row]) -> list[list[Row]] | None:
+def layers(rows: Iterable[Row]) -> Layers | None:
     """Rows of one tensor so that no layer holds an element twice; mirrors go to later layers.
 
     None where two rows share a part of their elements only. The first layer has every element
     this rank takes exactly once.
     """
-    out: list[list[Row]] = []
+    out: Layers = []
     for r in rows:
         for layer in out:
             if all(r.source != other.source for other in layer):
@@ -130,36 +131,56 @@ def _overlap(a: Row, b: Row) -> bool:
 class Scatter(Protocol):
     """One group's patches and the places they go to. `read`, then `write`; `undo` reverts it."""
 
-    def read(self) -> list[Sum]:
-        """Keep the old values; per patch, what writing will add to the checksum (this rank's
-        elements). Writes nothing."""
+    def read(self) -> list[int]:
+        """Check the indices, sorting first what is not in order, and keep the old values; per
+        patch, what writing will add to the checksum (this rank's elements). Writes nothing.
+
+        Raises RequestError naming the parameter for an index out of range or given twice."""
 
     def write(self) -> None: ...
 
     def undo(self) -> None: ...
 
 
-def scatter(group: Group, rows: Sequence[list[list[Row]]]) -> Scatter:
-    """`rows[i]`: the layers of `group.specs[i]`, which is `ordered`."""
-    if group.values.device.type == "cuda":
-        from vllm_wt_plugin.sparse.kernels import CudaScatter
+class Table(Protocol):
+    """Where all tensors of one word and index width lie, prepared once for many pushes."""
 
-        return CudaScatter(group, rows)
-    return TorchScatter(group, rows)
+    def scatter(self, group: Group) -> Scatter: ...
+
+
+def table(rows: Mapping[str, Layers], numels: Mapping[str, int], like: Group) -> Table:
+    """`rows[name]`: the layers of every tensor of which patches may come, of `numels[name]`
+    elements; `like`: a group of the widths and the device that they will have."""
+    if like.values.device.type == "cuda":
+        from vllm_wt_plugin.sparse.kernels import CudaTable
+
+        return CudaTable(rows, numels, like.indices.dtype, like.values.dtype, like.values.device)
+    return TorchTable(rows)
+
+
+class TorchTable:
+    """The reference."""
+
+    def __init__(self, rows: Mapping[str, Layers]) -> None:
+        self._rows = rows
+
+    def scatter(self, group: Group) -> Scatter:
+        return TorchScatter(group, [self._rows[s.name] for s in group.specs])
 
 
 class TorchScatter:
     """The reference."""
 
-    def __init__(self, group: Group, rows: Sequence[list[list[Row]]]) -> None:
+    def __init__(self, group: Group, rows: Sequence[Layers]) -> None:
         self._group, self._rows = group, rows
         self._undo: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def read(self) -> list[Sum]:
+    def read(self) -> list[int]:
+        self._group = ordered(self._group)
         self._undo = []
         sums = []
         for (spec, indices, values), own in zip(self._group.rows(), self._rows, strict=True):
-            total = ZERO
+            total = 0
             for depth, layer in enumerate(own):
                 for r in layer:
                     hit, at = r.locate(indices)
@@ -167,7 +188,7 @@ class TorchScatter:
                     self._undo.append((r.dest, at, old, new))
                     if depth == 0:
                         total += checksum_change(spec.name, indices[hit], old, new)
-            sums.append(total)
+            sums.append(wrap(total))
         return sums
 
     def write(self) -> None:
@@ -177,7 +198,3 @@ class TorchScatter:
     def undo(self) -> None:
         for dest, at, old, _ in reversed(self._undo):
             dest[at] = old
-
-
-def seeds(group: Group) -> list[int]:
-    return [seed(s.name) for s in group.specs]

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from vllm_wt_plugin.sparse.diff import Diff, Pair, diff
-from vllm_wt_plugin.sparse.patch import WORDS
-from vllm_wt_plugin.sparse.scatter import Row, scatter
+from vllm_wt_plugin.sparse.diff import Comparison, Diff, Pair
+from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.params import ParamSpec
 
@@ -44,16 +43,17 @@ class Snapshot:
     either way; of a trainer in float32 for engines in bfloat16, half of it.
     """
 
-    def __init__(
-        self, source: Iterable[tuple[str, torch.Tensor]], plan: PlanReport, *, host: bool
-    ) -> None:
+    def __init__(self, source: Listing, plan: PlanReport, *, host: bool) -> None:
         self._stored, self._host = plan.stored, host
         self._whole = {} if plan.shadowed else plan.whole
         self._held: dict[str, torch.Tensor] = {}
         self._doubtful: frozenset[str] = frozenset()
+        self.total = sum(s.numel for s in source.specs)
+        self._nbytes = sum(s.nbytes for s in source.specs)
+        self._compared: tuple[Listing, Comparison] | None = None
         self.retake(source)
 
-    def retake(self, source: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def retake(self, source: Listing) -> None:
         """After a dense push."""
         for name, t in source:
             dtype = self._dtype(name, t)
@@ -75,42 +75,44 @@ class Snapshot:
             return torch.empty(t.shape, dtype=dtype, pin_memory=True)
         return torch.empty(t.shape, dtype=dtype, device=t.device)
 
-    def fits(self, specs: Iterable[ParamSpec]) -> bool:
+    def fits(self, source: Listing) -> bool:
         """Are these the tensors the snapshot is of?"""
-        return [(s.name, s.shape) for s in specs] == [
+        if self._compared is not None and self._compared[0] is source:
+            return True
+        return [(s.name, s.shape) for s in source.specs] == [
             (n, tuple(t.shape)) for n, t in self._held.items()
         ]
 
-    def changes(self, source: Iterable[tuple[str, torch.Tensor]], most: float) -> Changes | None:
+    def changes(self, source: Listing, most: float) -> Changes | None:
         """Compare bit by bit, on the device. None if more than the share `most` has changed."""
-        now = {n: t.detach() for n, t in source}
-        total = sum(t.numel() for t in now.values())
-        found = diff([self._pair(n, t) for n, t in now.items()], int(most * total))
+        found = self._comparison(source).changes(int(most * self.total))
         if found is None:
             return None
-        changed = {s.name for d in found for s in d.group.specs} | self._doubtful
-        groups = {self._whole[n] for n in changed if n in self._whole}
-        whole = tuple(
-            (_spec(n, t), t) for n, t in now.items() if self._whole.get(n) in groups and groups
-        )
-        diffs = tuple(_without(d, self._whole) if self._whole else d for d in found)
-        nbytes = sum(t.nbytes for t in now.values())
-        return Changes(tuple(d for d in diffs if d.group.specs), whole, total, nbytes)
+        whole: tuple[tuple[ParamSpec, torch.Tensor], ...] = ()
+        if self._whole:
+            names = {s.name for d in found for s in d.group.specs} | self._doubtful
+            groups = {self._whole[n] for n in names if n in self._whole}
+            whole = tuple((_spec(n, t), t) for n, t in source if self._whole.get(n) in groups)
+            found = [_without(d, self._whole) for d in found]
+        return Changes(tuple(d for d in found if d.group.specs), whole, self.total, self._nbytes)
+
+    def _comparison(self, source: Listing) -> Comparison:
+        if self._compared is None or self._compared[0] is not source or source.tensors is None:
+            self._compared = source, Comparison([self._pair(n, t.detach()) for n, t in source])
+        return self._compared[1]
 
     def _pair(self, name: str, t: torch.Tensor) -> Pair:
         old = self._held[name]
-        spec = ParamSpec(name, str(old.dtype).removeprefix("torch."), tuple(t.shape))
-        return Pair(spec, t, old)
+        return Pair(_spec(name, old), t, old)
 
     def accept(self, changes: Changes) -> None:
-        """The engines have taken them."""
+        """The engines have taken them: the ones found last."""
         for spec, t in changes.whole:
             self._held[spec.name].copy_(t)
-        for d in changes.diffs:
-            rows = [[[_row(self._held[s.name])]] for s in d.group.specs]
-            writing = scatter(d.group, rows)
-            writing.read()
-            writing.write()
+        if self._compared is not None:
+            self._compared[1].accept([d.group for d in changes.diffs])
+            if self._compared[0].tensors is None:
+                self._compared = None  # made for this push alone
         self._doubtful = frozenset()
 
     def first(self) -> ParamSpec:
@@ -124,10 +126,6 @@ class Snapshot:
 
 def _spec(name: str, t: torch.Tensor) -> ParamSpec:
     return ParamSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape))
-
-
-def _row(t: torch.Tensor) -> Row:
-    return Row(t.view(-1).view(WORDS[t.element_size()]), 0, ((max(t.numel(), 1), 1, 1),))
 
 
 def _without(d: Diff, whole: Mapping[str, str]) -> Diff:

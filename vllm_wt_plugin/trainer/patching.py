@@ -15,9 +15,9 @@ from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import PatchPush, layout
+from vllm_wt_plugin.wire.patches import PatchPush, layout, widths
 
-SPARE = 1.5  # the buffer grows by this, so that it is seldom registered anew
+SPARE = 1.5  # room that the buffer has beyond its first use, so that it is seldom made anew
 
 
 class PatchSender:
@@ -37,11 +37,11 @@ class PatchSender:
         """Lay the changes out in the buffer. `empty` is named where nothing has changed."""
         specs = tuple(s for d in changes.diffs for s in d.group.specs)
         counts = [n for d in changes.diffs for n in d.group.counts]
-        sums = [(x.a, x.b) for d in changes.diffs for x in d.sums]
+        sums = [x for d in changes.diffs for x in d.sums]
         if not specs and not changes.whole:
-            specs, counts, sums = (empty,), [0], [(0, 0)]
+            specs, counts, sums = (empty,), [0], [0]
         whole = [s for s, _ in changes.whole]
-        places = layout(specs, counts, whole)
+        places = layout(widths(specs), counts, whole)
         buffer = self._room(max(places.nbytes, 1), _device(changes))
         for section in places.sections:
             i, v = section.indices_at, section.values_at
@@ -74,8 +74,7 @@ class PatchSender:
     def _room(self, nbytes: int, device: torch.device) -> torch.Tensor:
         b = self.buffer
         if b is None or b.numel() < nbytes or b.device != device:
-            size = nbytes if b is None else int(nbytes * SPARE)
-            b = self.buffer = torch.empty(size, dtype=torch.uint8, device=device)
+            b = self.buffer = torch.empty(int(nbytes * SPARE), dtype=torch.uint8, device=device)
         return b
 
     def send(self, client: Client) -> Outcome:

@@ -21,9 +21,10 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
 )
 from vllm_wt_plugin.trainer.client import Client, HTTPClient, LLMClient, client_for
+from vllm_wt_plugin.trainer.listing import Lister, Listing
 from vllm_wt_plugin.trainer.packed import PackedSender
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
-from vllm_wt_plugin.trainer.source import Source, as_source, device_of, fingerprint, gathers
+from vllm_wt_plugin.trainer.source import device_of, gathers
 from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
 from vllm_wt_plugin.trainer.verify import verify
 from vllm_wt_plugin.transport.ipc import Exporter
@@ -42,7 +43,7 @@ _Dense = tuple[int, int, list[ReplicaOutcome], dict[str, float]]
 class _Export:
     registration: Registration
     nbytes: int
-    marks: list[tuple[object, ...]] | None  # the source's fingerprint
+    listing: Listing
     tensors: list[tuple[str, torch.Tensor]]  # kept, so that no address can come again
 
 
@@ -82,7 +83,7 @@ class WeightSync:
         self._sender: PackedSender | None = None
         self._known: dict[str, str] = {}  # replica → the registration it holds
         self._plans: dict[str, PlanReport] = {}
-        self._source: tuple[object, Source] | None = None
+        self._lister = Lister()
         self._last: _Export | None = None
         self._tracker = Tracker(
             MemoryExporter if in_process else Exporter, self._plans, self._owner, snapshot
@@ -131,21 +132,24 @@ class WeightSync:
         self._pushes += 1
         version = str(self._pushes if version is None else version)
         start = time.perf_counter()
-        source = self._as_source(source)
-        sent = self._tracker.push(source, version, mode, self._clients) if mode != "dense" else None
+        listing = self._lister.list(source)
+        seconds = {"list": time.perf_counter() - start}
+        sent = None
+        if mode != "dense":
+            sent = self._tracker.push(listing, version, mode, self._clients)
         left = [c for c in self._clients if sent is None or c.name not in sent.outcomes]
         outcomes = {} if sent is None else dict(sent.outcomes)
-        seconds = {} if sent is None else dict(sent.seconds)
+        seconds |= {} if sent is None else sent.seconds
         tensors, nbytes = (0, 0) if sent is None else (sent.tensors, sent.nbytes)
         if left:
-            tensors, nbytes, dense, phases = self._push_dense(source, version, left)
+            tensors, nbytes, dense, phases = self._push_dense(listing, version, left)
             outcomes |= {o.name: o for o in dense}
             seconds |= phases
         done = [outcomes[c.name] for c in self._clients]
         if mode == "dense":
             self._tracker.missed()
         else:
-            self._tracker.settle(source, version, done, time.perf_counter() - start, bool(left))
+            self._tracker.settle(listing, version, done, time.perf_counter() - start, bool(left))
         seconds["total"] = time.perf_counter() - start
         return _checked(
             PushReport(
@@ -161,10 +165,11 @@ class WeightSync:
     def verify(self, source: Any = None) -> VerifyReport:
         """Read every weight of every replica and compare checksums with `source`'s (default: the
         one pushed last). Blocking; names what differs, and what cannot be compared."""
-        if source is None and self._source is None:
+        given = self._lister.given if source is None else source
+        if given is None:
             raise RequestError("nothing was pushed yet", next_step="push, or give a source")
-        given = self._as_source(source if source is not None else self._source[0])  # type: ignore[index]
-        return verify(self._held(given), given)
+        listing = self._lister.list(given)
+        return verify(self._held(listing), listing)
 
     def adopt(self, source: Any) -> VerifyReport:
         """Go on from weights that the replicas hold already: a trainer that was restarted, a
@@ -172,9 +177,9 @@ class WeightSync:
         what differs from `source`. Blocking: compares checksums, as `verify`; tensors that no
         checksum reaches are sent in full once. Raises VersionMismatch naming what differs.
         """
-        given = self._as_source(source)
-        held = self._held(given)
-        found = verify(held, given)
+        listing = self._lister.list(source)
+        held = self._held(listing)
+        found = verify(held, listing)
         for replica, names in found.differ.items():
             if names:
                 raise VersionMismatch(
@@ -184,20 +189,19 @@ class WeightSync:
                     next_step="push dense",
                 )
         self._plans |= {name: h.report for name, h in held.items()}
-        self._tracker.adopt(given, held, {n for names in found.unseen.values() for n in names})
+        self._tracker.adopt(listing, held, {n for names in found.unseen.values() for n in names})
         return found
 
-    def _held(self, source: Source) -> dict[str, Held]:
-        specs = source.specs()
-        return {c.name: c.checksums(specs) for c in self._clients}
+    def _held(self, source: Listing) -> dict[str, Held]:
+        return {c.name: c.checksums(source.specs) for c in self._clients}
 
-    def _push_dense(self, source: Source, version: str, clients: list[Client]) -> _Dense:
+    def _push_dense(self, source: Listing, version: str, clients: list[Client]) -> _Dense:
         """The tensors' own memory, read by the workers, or else through buffers."""
         start = time.perf_counter()
-        marks = fingerprint(source)  # None for what gathers, which is asked only then
-        if self._packed or (self._packed is None and marks is None and gathers(source)):
+        made = source.tensors is None and gathers(source.source)
+        if self._packed or (self._packed is None and made):
             return self._push_packed(source, version, clients)
-        export = self._export(source, marks)
+        export = self._export(source)
         registration = export.registration
         exported = time.perf_counter()
         self._exporter.refresh()
@@ -221,13 +225,13 @@ class WeightSync:
         }
         return len(registration.tensors), export.nbytes, outcomes, seconds
 
-    def _push_packed(self, source: Source, version: str, clients: list[Client]) -> _Dense:
+    def _push_packed(self, source: Listing, version: str, clients: list[Client]) -> _Dense:
         """To one replica after another: a source that gathers is iterated once for each."""
-        specs = source.specs()
+        specs = source.specs
         if self._sender is None or self._sender.specs != specs:
             if self._sender is not None:
                 self._sender.close()
-            self._sender = PackedSender(specs, self._buffer_bytes, device_of(source))
+            self._sender = PackedSender(specs, self._buffer_bytes, device_of(source.source))
         outcomes = [self._packed_one(c, self._sender, source, version) for c in clients]
         if any(isinstance(o.error, HandleError) for o in outcomes):
             self._sender.close()  # the shared memory is gone: the next push makes it anew
@@ -235,7 +239,7 @@ class WeightSync:
         return len(specs), sum(s.nbytes for s in specs), outcomes, {}
 
     def _packed_one(
-        self, c: Client, sender: PackedSender, source: Source, version: str
+        self, c: Client, sender: PackedSender, source: Listing, version: str
     ) -> ReplicaOutcome:
         if not isinstance(c, HTTPClient):
             raise RequestError(
@@ -243,7 +247,7 @@ class WeightSync:
             )
         try:
             known = self._known.get(c.name) == sender.announcement.id
-            done = sender.push(c, source, version, self._owner, known)
+            done = sender.push(c, source.source, version, self._owner, known)
         except WeightSyncError as exc:
             self._known.pop(c.name, None)
             return ReplicaOutcome(name=c.name, error=exc)
@@ -269,6 +273,7 @@ class WeightSync:
                 c.close()
         self._pool.shutdown()
         self._last = None
+        self._lister.close()
         if self._sender is not None:
             self._sender.close()
         self._exporter.close()
@@ -282,20 +287,14 @@ class WeightSync:
     ) -> None:
         self.close()
 
-    def _export(self, source: Source, marks: list[tuple[object, ...]] | None) -> _Export:
+    def _export(self, source: Listing) -> _Export:
         """Handles of the source's tensors; those of last time if nothing has moved since."""
-        if marks is None or self._last is None or self._last.marks != marks:
+        if self._last is None or self._last.listing is not source:
             tensors = list(source)
             registration, _ = self._exporter.register(tensors)
             nbytes = sum(s.nbytes for s in registration.specs)
-            self._last = _Export(registration, nbytes, marks, tensors)
+            self._last = _Export(registration, nbytes, source, tensors)
         return self._last
-
-    def _as_source(self, obj: Any) -> Source:
-        """The last source is kept: planning one of a big model takes 0.2 s."""
-        if self._source is None or self._source[0] is not obj:
-            self._source = (obj, as_source(obj))
-        return self._source[1]
 
     def _push_one(self, c: Client, reg: Registration, version: str) -> ReplicaOutcome:
         known = self._known.get(c.name)

@@ -20,9 +20,9 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Changes, Cost, Snapshot
+from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.report import ReplicaOutcome
-from vllm_wt_plugin.trainer.source import Source
 from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.wire.exchange import Held
 from vllm_wt_plugin.wire.messages import PlanReport
@@ -65,7 +65,7 @@ class Tracker:
         self._cost = Cost()
         self._changes: Changes | None = None
 
-    def adopt(self, source: Source, held: Mapping[str, Held], unseen: Collection[str]) -> None:
+    def adopt(self, source: Listing, held: Mapping[str, Held], unseen: Collection[str]) -> None:
         """`source` is what these replicas hold, but for `unseen`, which nobody could compare."""
         first = next(iter(held.values()))
         self._plan, self._version = first.report, first.version
@@ -73,7 +73,7 @@ class Tracker:
         self._snapshot.doubt(unseen)
         self._at = self._alike({n for n, h in held.items() if h.version == first.version})
 
-    def push(self, source: Source, version: str, mode: Mode, clients: list[Client]) -> Sent | None:
+    def push(self, source: Listing, version: str, mode: Mode, clients: list[Client]) -> Sent | None:
         """Send what changed to every replica that holds the last push. Those that are not in the
         outcome's table want a dense push: they were never tried, or refused in a way it heals."""
         self._changes = None
@@ -81,11 +81,9 @@ class Tracker:
         if self._snapshot is None or not ready:
             return None
         start = time.perf_counter()
-        specs = source.specs()
-        if not self._snapshot.fits(specs):
+        if not self._snapshot.fits(source):
             return None
-        total = sum(s.numel for s in specs)
-        most = self._cost.most(total) if mode == "auto" else 1.0
+        most = self._cost.most(self._snapshot.total) if mode == "auto" else 1.0
         changes = self._snapshot.changes(source, most)
         if changes is None:
             return None
@@ -103,7 +101,7 @@ class Tracker:
         now = time.perf_counter()
         seconds = {"diff": compared - start, "pack": loaded - compared, "request": now - loaded}
         share = changes.changed / max(changes.total, 1)
-        return Sent(outcomes, len(specs), changes.bytes, share, seconds)
+        return Sent(outcomes, len(source.specs), changes.bytes, share, seconds)
 
     def _one(self, c: Client, sender: PatchSender) -> ReplicaOutcome | None:
         try:
@@ -118,7 +116,7 @@ class Tracker:
 
     def settle(
         self,
-        source: Source,
+        source: Listing,
         version: str,
         outcomes: Iterable[ReplicaOutcome],
         seconds: float,
@@ -136,11 +134,7 @@ class Tracker:
         plan = self._plans.get(good[0])
         if plan is None:
             return
-        if (
-            self._snapshot is None
-            or not self._snapshot.fits(source.specs())
-            or plan is not self._plan
-        ):
+        if self._snapshot is None or not self._snapshot.fits(source) or plan is not self._plan:
             self._snapshot = Snapshot(source, plan, host=self._where == "host")
             self._plan = plan
         elif changes is not None:

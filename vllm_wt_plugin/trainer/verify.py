@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from vllm_wt_plugin.sparse.checksum import Sum, checksum, seed
+from vllm_wt_plugin.sparse.checksum import checksum, seed
 from vllm_wt_plugin.sparse.patch import WORDS
 from vllm_wt_plugin.sparse.scatter import Row
 from vllm_wt_plugin.trainer.report import VerifyReport
@@ -22,7 +22,7 @@ def verify(
     differ: dict[str, list[str]] = {r: [] for r in replicas}
     unseen: dict[str, list[str]] = {r: [] for r in replicas}
     for name, t in source:
-        own: dict[str, Sum] = {}
+        own: dict[str, int] = {}
         for replica, held in replicas.items():
             found = added_up(held.ranks, name)
             if found is None:
@@ -31,12 +31,12 @@ def verify(
             dtype = held.report.stored.get(name, "")
             if dtype not in own:
                 own[dtype] = whole(name, t.to(getattr(torch, dtype)) if dtype else t)
-            if found != tuple(own[dtype]):
+            if found != own[dtype]:
                 differ[replica].append(name)
     return VerifyReport(differ, unseen)
 
 
-def whole(name: str, t: torch.Tensor) -> Sum:
+def whole(name: str, t: torch.Tensor) -> int:
     """`checksum`, by the kernel where there is one."""
     t = t.detach()
     if not t.is_cuda or not t.numel():

@@ -7,7 +7,7 @@ The request names tensors and counts; where their bytes lie follows from those a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -28,8 +28,7 @@ from vllm_wt_plugin.wire.params import (
 )
 
 MAX_INT32 = 2**31 - 1
-Lane = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
-Lanes = tuple[Lane, Lane]  # a checksum (`sparse/checksum.py`)
+Checksum = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # `sparse/checksum.py`
 
 
 class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -48,7 +47,7 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     base_version: Version
     register: Registration | None = None
     whole: list[ParamSpec] = []
-    sums: list[Lanes] = []
+    sums: list[Checksum] = []
     version: Version | None = None
     owner: Text = ""
     update_kind: Literal["sparse_flat"] = "sparse_flat"
@@ -59,31 +58,42 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
         return tuple(ParamSpec(n, d, s) for n, d, s in rows)
 
-    def check(self) -> None:
-        """Lists of one length, no name twice, no count beyond its tensor."""
-        for what, rows in (
-            ("dtype_names", self.dtype_names),
-            ("shapes", self.shapes),
-            ("num_updates_list", self.num_updates_list),
-            ("sums", self.sums or self.names),
-        ):
-            if len(rows) != len(self.names):
-                raise RequestError(
-                    f"`{what}` should be of the same size as `names`: "
-                    f"got {len(rows)} and {len(self.names)}",
-                    where=f"$.{what}",
-                )
+    @property
+    def named(self) -> tuple[object, ...]:
+        """Equal for two pushes that differ in counts and values only."""
+        return self.names, self.dtype_names, self.shapes, self.whole
+
+    def check(self) -> tuple[ParamSpec, ...]:
+        """Lists of one length, no name twice, no count beyond its tensor; the specs."""
+        for what, rows in (("dtype_names", self.dtype_names), ("shapes", self.shapes)):
+            self._check_length(what, rows)
         if not self.names and not self.whole:
             raise RequestError("`names` is empty", where="$.names")
-        check_specs((*self.specs, *self.whole))
-        for spec, count in zip(self.specs, self.num_updates_list, strict=True):
-            if count > spec.numel:
-                raise RequestError(
-                    f"{count} updates of {spec.numel} elements", where=spec.name,
-                    next_step="give each index once",
-                )  # fmt: skip
+        specs = self.specs
+        check_specs((*specs, *self.whole))
+        self.check_counts([s.numel for s in specs])
         if self.register is not None:
             self.register.check()
+        return specs
+
+    def check_counts(self, numels: list[int]) -> None:
+        """What `check` does for a push whose names are known to be right, of `numels` elements."""
+        self._check_length("num_updates_list", self.num_updates_list)
+        self._check_length("sums", self.sums or self.names)
+        for name, count, numel in zip(self.names, self.num_updates_list, numels, strict=True):
+            if count > numel:
+                raise RequestError(
+                    f"{count} updates of {numel} elements", where=name,
+                    next_step="give each index once",
+                )  # fmt: skip
+
+    def _check_length(self, what: str, rows: Sized) -> None:
+        if len(rows) != len(self.names):
+            raise RequestError(
+                f"`{what}` should be of the same size as `names`: "
+                f"got {len(rows)} and {len(self.names)}",
+                where=f"$.{what}",
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,14 +117,22 @@ class Layout:
     nbytes: int
 
 
-def layout(specs: tuple[ParamSpec, ...], counts: list[int], whole: list[ParamSpec]) -> Layout:
-    """Both sides call it with what the request says."""
-    by_width: dict[tuple[int, int], list[int]] = {}
+Widths = dict[tuple[int, int], list[int]]  # bytes of word and index → which of `names`
+
+
+def widths(specs: tuple[ParamSpec, ...]) -> Widths:
+    """The sections of a buffer, in the order of their first names."""
+    out: Widths = {}
     for i, spec in enumerate(specs):
         width = itemsize(spec.dtype, spec.name), 4 if spec.numel <= MAX_INT32 else 8
-        by_width.setdefault(width, []).append(i)
+        out.setdefault(width, []).append(i)
+    return out
+
+
+def layout(widths: Widths, counts: list[int], whole: list[ParamSpec]) -> Layout:
+    """Both sides call it with what the request says."""
     sections, at = [], 0
-    for (word, index), members in by_width.items():
+    for (word, index), members in widths.items():
         n = sum(counts[i] for i in members)
         values_at = _up(at + n * index)
         sections.append(Section(tuple(members), word, index, n, at, values_at))
@@ -130,22 +148,22 @@ def _up(n: int) -> int:
     return -(-n // ALIGN) * ALIGN
 
 
-Part = tuple[str, tuple[int, int]]  # which elements of the tensor a rank has, and their sum
+Part = tuple[str, Checksum]  # which elements of the tensor a rank has, and their sum
 
 
-def added_up(ranks: list[dict[str, list[Part]]], name: str) -> tuple[int, int] | None:
+def added_up(ranks: list[dict[str, list[Part]]], name: str) -> int | Literal["differ"] | None:
     """The checksum of a tensor from its parts on all ranks; None if none has any.
 
-    A part that several ranks hold counts once, and they must agree on it: (-1, -1) if not.
+    A part that several ranks hold counts once, and they must agree on it: "differ" if not.
     """
-    parts: dict[str, tuple[int, int]] = {}
+    parts: dict[str, int] = {}
     for rank in ranks:
         for key, have in rank.get(name, ()):
             if parts.setdefault(key, have) != have:
-                return -1, -1
+                return "differ"
     if not parts:
         return None
-    return sum(a for a, _ in parts.values()) % 2**32, sum(b for _, b in parts.values()) % 2**32
+    return (sum(parts.values()) + 2**63) % 2**64 - 2**63
 
 
 def wrong_sums(push: PatchPush, ranks: list[dict[str, list[Part]]]) -> Iterator[str]:
@@ -155,5 +173,5 @@ def wrong_sums(push: PatchPush, ranks: list[dict[str, list[Part]]]) -> Iterator[
     """
     for name, want in zip(push.names, push.sums, strict=False):
         have = added_up(ranks, name)
-        if have is not None and have != tuple(want):
+        if have is not None and have != want:
             yield name

@@ -14,7 +14,7 @@ from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
-from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.patches import PatchPush, Widths, widths
 from vllm_wt_plugin.worker.packed import Announced
 from vllm_wt_plugin.worker.places import Places, describe_patching
 from vllm_wt_plugin.worker.plan.build import build
@@ -37,6 +37,17 @@ class Registered:
     replay: Replay | None
 
 
+@dataclass(frozen=True)
+class Patched:
+    """What a push of patches names, checked once for all pushes that name the same."""
+
+    named: tuple[object, ...]
+    specs: tuple[ParamSpec, ...]
+    numels: list[int]
+    widths: Widths
+    places: Places
+
+
 class Known:
     """Finds what a trainer names by an id, or makes it from what the trainer sends along."""
 
@@ -52,6 +63,7 @@ class Known:
         self.keeps_shadow = keeps_shadow
         self.shadow: dict[str, torch.Tensor] = {}
         self._last_places: Places | None = None
+        self._patched: Patched | None = None
         self._buffers: OrderedDict[str, torch.Tensor] = OrderedDict()
 
     @property
@@ -79,10 +91,24 @@ class Known:
         if key not in self._plans:
             self._plans[key] = build(self.host, specs, complete=complete)
             describe_patching(self._plans[key], self.keeps_shadow)
+            self._patched = None
             if len(self._plans) > KEEP:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
+
+    def patched(self, push: PatchPush) -> tuple[Patched, bool]:
+        """What `push` names, and whether that took a new plan. Raises what is wrong with it."""
+        last = self._patched
+        if last is not None and last.named == push.named:
+            push.check_counts(last.numels)
+            return last, False
+        specs = push.check()
+        places, new = self.places((*specs, *push.whole))
+        places.check(specs)
+        numels = [s.numel for s in specs]
+        self._patched = Patched(push.named, specs, numels, widths(specs), places)
+        return self._patched, new
 
     def places(self, specs: tuple[ParamSpec, ...]) -> tuple[Places, bool]:
         """Where patches of these tensors go: by the newest plan that has them all, else by a new

@@ -16,13 +16,12 @@ from vllm_wt_plugin.errors import (
     TransferError,
     VersionMismatch,
 )
-from vllm_wt_plugin.sparse.checksum import ZERO, Sum
-from vllm_wt_plugin.sparse.patch import WORDS, Group, check_known, ordered
-from vllm_wt_plugin.sparse.scatter import scatter
+from vllm_wt_plugin.sparse.patch import WORDS, Group
 from vllm_wt_plugin.wire.messages import PlanReport
+from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import Part, PatchPush, Section, layout
-from vllm_wt_plugin.worker.known import Known, Timed
-from vllm_wt_plugin.worker.places import Places, part_key
+from vllm_wt_plugin.worker.known import Known, Patched, Timed
+from vllm_wt_plugin.worker.places import Places
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.update import Update
 
@@ -41,36 +40,32 @@ def open_patches(
             f"the patches start from version {push.base_version!r}, the engine holds {version!r}",
             next_step="push dense",
         )
-    push.check()
+    with timed("plan"):
+        patched, new = known.patched(push)
     with timed("wait"):
         buffer = known.buffer(push)
-    with timed("plan"):
-        places, new = known.places((*push.specs, *push.whole))
     with timed("read"):
-        update = PatchUpdate(known.host, places, push, buffer)
-    return update, places.plan.report if new else None
+        update = PatchUpdate(known.host, patched, push, buffer)
+    return update, patched.places.plan.report if new else None
 
 
 class PatchUpdate:
     """One push of patches under way. `undo` is exact, and possible after commit too, unless
     whole tensors without a shadow were written (`exact`)."""
 
-    def __init__(self, host: Host, places: Places, push: PatchPush, buffer: torch.Tensor) -> None:
-        self._host, self._places, self._push = host, places, push
-        specs = push.specs
-        if specs:
-            check_known(specs, places.served)
-        plan = layout(specs, push.num_updates_list, push.whole)
+    def __init__(self, host: Host, patched: Patched, push: PatchPush, buffer: torch.Tensor) -> None:
+        self._host, self._places, self._push = host, patched.places, push
+        specs, places = patched.specs, patched.places
+        plan = layout(patched.widths, push.num_updates_list, push.whole)
         if plan.nbytes > buffer.numel():
             raise HandleError(
                 f"the patches need {plan.nbytes} bytes, their buffer has {buffer.numel()}",
                 where="registration",
             )
-        groups = [ordered(_group(push, s, buffer)) for s in plan.sections]
         self._scatters = [
-            (g, scatter(g, [places.rows(s.name) for s in g.specs]))
-            for whole in groups
-            for g in _by_device(whole, places)
+            (group, places.scatter(group))
+            for section in plan.sections
+            for group in _by_device(_group(push, specs, section, buffer), places)
         ]
         self._sent = {
             spec.name: buffer[at : at + spec.nbytes]
@@ -108,12 +103,10 @@ class PatchUpdate:
             for spec, have in zip(group.specs, ways.read(), strict=True):
                 if spec.name not in want:
                     continue
-                if self._places.holds_all(spec.name):
-                    if Sum(*want[spec.name]) != have:
-                        wrong.append(spec.name)
-                elif rows := self._places.rows(spec.name):
-                    parts[spec.name] = [(part_key(rows[0]), (have.a, have.b))]
-                elif have != ZERO:
+                every, part = self._places.held(spec.name)
+                if part and not every:
+                    parts[spec.name] = [(part, have)]
+                elif have != (want[spec.name] if every else 0):
                     wrong.append(spec.name)
         check_sums(wrong)
         return parts
@@ -159,8 +152,9 @@ def check_sums(wrong: Iterable[str]) -> None:
         )
 
 
-def _group(push: PatchPush, s: Section, buffer: torch.Tensor) -> Group:
-    specs = push.specs
+def _group(
+    push: PatchPush, specs: tuple[ParamSpec, ...], s: Section, buffer: torch.Tensor
+) -> Group:
     index = torch.int32 if s.index == 4 else torch.int64
     return Group(
         tuple(specs[i] for i in s.members),

@@ -9,17 +9,16 @@ import msgspec
 import torch
 
 from vllm_wt_plugin.errors import PlanError
-from vllm_wt_plugin.sparse.checksum import Sum, checksum_region, seed
-from vllm_wt_plugin.sparse.patch import WORDS
-from vllm_wt_plugin.sparse.scatter import Row, layers, row
-from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.sparse.checksum import checksum_region, seed
+from vllm_wt_plugin.sparse.patch import WORDS, Group, check_known, index_dtype
+from vllm_wt_plugin.sparse.scatter import Layers, Row, Scatter, Table, layers, row, table
+from vllm_wt_plugin.wire.params import ParamSpec, itemsize
 from vllm_wt_plugin.wire.patches import Part
 from vllm_wt_plugin.worker.plan.blueprint import tensors_of_module
 from vllm_wt_plugin.worker.plan.ops import storage_key
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 
 Tensors = Mapping[str, torch.Tensor]
-Layers = list[list[Row]]
 
 
 class Places:
@@ -34,6 +33,8 @@ class Places:
             for n, s in plan.specs.items()
         }
         self._rows: dict[str, Layers] = {}
+        self._tables: dict[tuple[torch.device, int, torch.dtype], Table] = {}
+        self._held: dict[str, tuple[bool, str]] = {}
 
     def rows(self, name: str) -> Layers:
         """In layers (`sparse/scatter.py`). Raises PlanError for a tensor that takes no patches."""
@@ -42,6 +43,26 @@ class Places:
         if name not in self._rows:
             self._rows[name] = live_rows(self.plan, name) or []
         return self._rows[name]
+
+    def check(self, specs: tuple[ParamSpec, ...]) -> None:
+        """These tensors, in these shapes and dtypes, are what the engine holds."""
+        if specs:
+            check_known(specs, self.served)
+
+    def scatter(self, group: Group) -> Scatter:
+        """Where a group of patches goes; tables are made with the first one of its widths."""
+        for name in self.whole.keys() & {s.name for s in group.specs}:
+            self._shadowed(name)
+        like = group.values.device, group.values.element_size(), group.indices.dtype
+        if like not in self._tables:
+            numels = {
+                n: s.numel
+                for n, s in self.served.items()
+                if like[1:] == (itemsize(s.dtype, n), index_dtype(s.numel))
+                and (n in self.shadow if n in self.whole else True)
+            }
+            self._tables[like] = table({n: self.rows(n) for n in numels}, numels, group)
+        return self._tables[like].scatter(group)
 
     def _shadowed(self, name: str) -> torch.Tensor:
         if name not in self.shadow:
@@ -85,13 +106,16 @@ class Places:
             found |= {id(r): s for (_, r), s in zip(on_gpu, sums, strict=True)}
         out: dict[str, list[Part]] = {}
         for name, r in parts:
-            out.setdefault(name, []).append((part_key([r]), (found[id(r)].a, found[id(r)].b)))
+            out.setdefault(name, []).append((part_key([r]), found[id(r)]))
         return out
 
-    def holds_all(self, name: str) -> bool:
-        """Whether every element of the tensor is on this rank."""
-        own = self.rows(name)
-        return bool(own) and sum(r.numel for r in own[0]) == self.served[name].numel
+    def held(self, name: str) -> tuple[bool, str]:
+        """Whether every element of the tensor is on this rank, and which are ("": none)."""
+        if name not in self._held:
+            own = (self.rows(name) or [[]])[0]
+            every = bool(own) and sum(r.numel for r in own) == self.served[name].numel
+            self._held[name] = every, part_key(own) if own else ""
+        return self._held[name]
 
 
 def live_rows(plan: LoadPlan, name: str) -> Layers | None:
@@ -158,7 +182,7 @@ class _Place:
     stride: tuple[int, ...]
 
 
-def _sum(name: str, r: Row) -> Sum:
+def _sum(name: str, r: Row) -> int:
     size, source, dest = (tuple(d[i] for d in r.dims) for i in range(3))
     part = r.dest.as_strided(size, dest, int(r.dest.storage_offset()))
     return checksum_region(name, part, _Place(r.offset, size, source))
