@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from tests.support import fleet, models
-from tests.support.offline import ONE_THREAD, Offline, ask_server, differences
+from tests.support.offline import Offline, ask_server, differences
 from tests.support.server import Server
 from tests.support.trainer import ROOT, trainer
 from vllm_wt_plugin import (
@@ -38,7 +38,7 @@ from vllm_wt_plugin import (
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 
 pytestmark = pytest.mark.server
-ENV = {"WT_CPU_INPLACE": "1"} | ONE_THREAD
+ENV = {"WT_CPU_INPLACE": "1"}
 SEED = 21
 KINDS = [
     pytest.param("qwen3_moe"),
@@ -409,7 +409,7 @@ def test_the_server_dies(large: Live) -> None:
         model = bridge.get_trainable_model()
         before = [p.detach().clone() for p in model.parameters()]
         os.killpg(large.server.process.pid, signal.SIGKILL)
-        large.server.process.wait(20)
+        large.server.process.join(20)
         wait_until(lambda: engines(large.server) == [])
         assert all(torch.equal(p, b) for p, b in zip(model.parameters(), before, strict=True))
         for mode in ("pause", "overlap"):

@@ -19,7 +19,7 @@ import pytest
 import torch
 
 from tests.support import models
-from tests.support.offline import ONE_THREAD, Answers, Offline, ask_server, differences
+from tests.support.offline import Answers, Offline, ask_server, differences
 from tests.support.server import Server
 from vllm_wt_plugin import PushReport, WeightSync
 
@@ -95,8 +95,7 @@ def live(
     folder = checkpoint(kind, A, tied=bool(tied))
     reference = offline("reference", env=env, tp=tp, in_process=tp == 1)
     log = tmp_path_factory.mktemp("exact") / "server.log"
-    threads = ONE_THREAD if tp == 1 else {}
-    server = Server(folder, log, env=env | threads, tp=tp)
+    server = Server(folder, log, env=env, tp=tp)
     with ThreadPoolExecutor(1) as beside:  # two processes, two cores
         fresh = beside.submit(reference.fresh, folder)
         server.start()

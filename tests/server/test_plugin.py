@@ -51,7 +51,8 @@ def log(tmp_path: Path) -> Path:
 def test_register_raises(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """vLLM keeps its own backend, and in dev mode its own routes."""
     env = fleet.DEV | sabotage.environment(tmp_path / "plugin", "register")
-    with Server(checkpoint("qwen3", 1), log(tmp_path), env=env, plugins=PLUGINS) as server:
+    model = checkpoint("qwen3", 1)
+    with Server(model, log(tmp_path), env=env, plugins=PLUGINS, anew=True) as server:
         assert_vllm_alone(server)
         said = lines(server, "vllm_wt_plugin is off, vLLM's own weight transfer stays in use: ")
         assert all("sabotage: register" in line for line in said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import socket
 import time
@@ -21,8 +22,8 @@ from vllm_wt_plugin import WeightSync
 
 pytestmark = pytest.mark.server
 
-OLD, NEW = {40, 41}, {50, 51}  # the only tokens that the two versions say
-STREAMS, TOKENS = 32, 2000
+OLD, NEW, LAST = {40, 41}, {50, 51}, {60, 61}  # the only tokens that the versions say
+STREAMS = 32
 LONG = [(i * 37 + 11) % 250 + 10 for i in range(200)]  # more than one block of KV cache
 HALF = len(weights(1)) // 2
 
@@ -45,7 +46,10 @@ def twin(serve: Callable[..., Server], checkpoint: Callable[..., Path]) -> Serve
 
 
 class Stream:
-    """One streamed request: its tokens, and (by the generate route) whose they are."""
+    """One streamed request: its tokens, and (by the generate route) whose they are.
+
+    It ends when weights are pushed that say LAST: minutes of tokens would be left otherwise.
+    """
 
     def __init__(self, url: str, number: int) -> None:
         self.url, self.number = url, number
@@ -56,7 +60,8 @@ class Stream:
 
     async def run(self, http: httpx.AsyncClient) -> None:
         prompt = [self.number + 5, 7, 9]
-        options: Json = {"max_tokens": TOKENS, "temperature": 0, "ignore_eos": True}
+        options: Json = {"max_tokens": 60_000, "temperature": 0, "ignore_eos": True}
+        options["stop_token_ids"] = sorted(LAST)
         if self.number % 2:
             path = "/inference/v1/generate"
             body: Json = {"token_ids": prompt, "stream": True, "sampling_params": options}
@@ -100,65 +105,59 @@ def assert_whole(server: Server, version: str, tokens: set[int]) -> None:
         assert choice["weight_versions"] == [{"version": version, "start": 0, "end": 12}]
 
 
-async def amid(url: str, count: int, update: Callable[[], None]) -> list[Stream]:
-    """`count` streams, all of which end; `update` runs, on a thread, as soon as one of them flows
-    (this process reads more slowly than the server writes)."""
-    limits = httpx.Limits(max_connections=count + 1)
-    async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as http:
-        streams = [Stream(url, n) for n in range(count)]
-        flowing = [asyncio.create_task(s.flowing.wait()) for s in streams]
-        tasks = [asyncio.create_task(s.run(http)) for s in streams]
-        await asyncio.wait([*flowing, *tasks], return_when=asyncio.FIRST_COMPLETED)
-        await asyncio.gather(asyncio.to_thread(update), *tasks)
-        for waiting in flowing:
-            waiting.cancel()
-    return streams
+def assert_streams_meet(server: Server, update: Callable[[], None]) -> None:
+    """STREAMS requests flow, `update` makes the weights new, and then they are pushed that end
+    the requests: every token is one version's, in that order, and labelled so."""
 
+    async def stream() -> list[Stream]:
+        limits = httpx.Limits(max_connections=STREAMS)
+        async with httpx.AsyncClient(timeout=120, limits=limits, trust_env=False) as http:
+            streams = [Stream(server.url, n) for n in range(STREAMS)]
+            tasks = [asyncio.create_task(s.run(http)) for s in streams]
+            flowing = asyncio.gather(*(s.flowing.wait() for s in streams))
+            await asyncio.wait([flowing, *tasks], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.gather(asyncio.to_thread(then), *tasks)
+            return streams
 
-ATTEMPTS = 5  # on a busy machine the engine may be done before the update reaches it
+    def then() -> None:
+        update()
+        assert_whole(server, "new", NEW)  # in one batch with the streams
+        server.http.post("/push_weights", json=last.push("last")).raise_for_status()
 
-
-def assert_old_then_new(streams: list[Stream]) -> int:
-    """How many streams the update met.
-
-    Every token is the one or the other version's, in that order, and labelled so."""
-    amid = 0
+    with Trainer(speaking(1, *OLD)) as old, Trainer(speaking(1, *LAST)) as last:
+        server.http.post("/push_weights", json=old.push("old")).raise_for_status()
+        assert_whole(server, "old", OLD)
+        streams = asyncio.run(stream())
+        assert_whole(server, "last", LAST)
+    assert not paused(server)
     for s in streams:
-        assert (s.finish, len(s.tokens)) == ("length", TOKENS)
-        switch = next((i for i, t in enumerate(s.tokens) if t not in OLD), TOKENS)
-        assert set(s.tokens[switch:]) <= NEW
-        amid += 0 < switch < TOKENS
+        runs = [(says, len(list(run))) for says, run in itertools.groupby(s.tokens, _version)]
+        assert s.finish == "stop"
+        assert [says for says, _ in runs] == ["old", "new", "last"]
+        assert runs[2][1] == 1
         if s.number % 2:
-            spans = (("old", 0, switch), ("new", switch, TOKENS))
+            ends = list(itertools.accumulate(n for _, n in runs))
             assert s.versions == [
-                {"version": v, "start": a, "end": b} for v, a, b in spans if a < b
+                {"version": says, "start": end - n, "end": end}
+                for (says, n), end in zip(runs, ends, strict=True)
             ]
-    return amid
+
+
+def _version(token: int) -> str:
+    return next(v for v, says in (("old", OLD), ("new", NEW), ("last", LAST)) if token in says)
 
 
 def test_push_while_requests_stream(server: Server) -> None:
-    with Trainer(speaking(1, *OLD)) as old, Trainer(speaking(1, *NEW)) as new:
+    with Trainer(speaking(1, *NEW)) as new:
         body = new.push("new")
-
-        def update() -> None:
-            server.http.post("/push_weights", json=body).raise_for_status()
-
-        met = 0
-        for _ in range(ATTEMPTS):
-            server.http.post("/push_weights", json=old.push("old")).raise_for_status()
-            assert_whole(server, "old", OLD)
-            streams = asyncio.run(amid(server.url, STREAMS, update))
-            assert_whole(server, "new", NEW)
-            assert not paused(server)
-            if met := assert_old_then_new(streams):
-                break
-    if not met:
-        pytest.skip("every stream had ended before the update reached the server")
+        assert_streams_meet(
+            server, lambda: server.http.post("/push_weights", json=body).raise_for_status()
+        )
 
 
 def test_update_of_several_calls_while_requests_stream(server: Server) -> None:
     """The engine is paused from start to finish, so half-new weights make no token."""
-    with Trainer(speaking(1, *OLD)) as old, Trainer(speaking(2, *NEW)) as new:
+    with Trainer(speaking(2, *NEW)) as new:
 
         def update() -> None:
             for path, body in (
@@ -170,15 +169,7 @@ def test_update_of_several_calls_while_requests_stream(server: Server) -> None:
                 server.http.post(path, json=body).raise_for_status()
                 time.sleep(0.1)
 
-        met = 0
-        for _ in range(ATTEMPTS):
-            server.http.post("/push_weights", json=old.push("old")).raise_for_status()
-            streams = asyncio.run(amid(server.url, STREAMS, update))
-            assert_whole(server, "new", NEW)
-            if met := assert_old_then_new(streams):
-                break
-    if not met:
-        pytest.skip("every stream had ended before the update reached the server")
+        assert_streams_meet(server, update)
 
 
 def test_a_trainer_that_hangs_up(server: Server) -> None:
@@ -190,6 +181,9 @@ def test_a_trainer_that_hangs_up(server: Server) -> None:
         f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\n\r\n"
     )
 
+    def arrived() -> bool:
+        return bool(server.status()["version"] == "hung up")
+
     async def hang_up() -> None:
         async with httpx.AsyncClient(timeout=60, trust_env=False) as http:
             stream = Stream(server.url, 1)
@@ -197,10 +191,10 @@ def test_a_trainer_that_hangs_up(server: Server) -> None:
             await stream.flowing.wait()  # so that the push takes its steps one by one
             with socket.create_connection((url.host, url.port or 80)) as peer:
                 peer.sendall(head.encode() + content)
-            await task
+            assert await asyncio.to_thread(fleet.until, arrived, 20)
+            task.cancel()
 
     asyncio.run(hang_up())
-    assert fleet.until(lambda: server.status()["version"] == "hung up", 5)
     assert_serves(server, 1, "hung up")
 
 

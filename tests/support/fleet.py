@@ -23,8 +23,8 @@ def plain(serve: Callable[..., Server], checkpoint: Callable[..., Path]) -> Serv
     """Started from seed 1, without a token, with vLLM's generate route. Streams may be long and
     come in few pieces: this engine is faster than the API server in front of it."""
     args = (
-        "--enable-scale-out", "--stream-interval", "40", "--max-model-len", "2048",
-        "--hf-overrides", '{"max_position_embeddings": 2048}',
+        "--enable-scale-out", "--stream-interval", "40", "--max-model-len", "65536",
+        "--hf-overrides", '{"max_position_embeddings": 65536}',
     )  # fmt: skip
     server = serve(checkpoint("qwen3", 1), args=args)
     return _known(server, 1)

@@ -1,24 +1,24 @@
 """Offline `LLM` engines in a process of their own, and what every engine is asked in the tests.
 
-One process builds one engine after another (1 to 2 s each, a server takes 20 to 50), asks it
-PROBES, and drops it. The test talks to it in JSON lines; JSON keeps every bit of a float.
+One process builds one engine after another (1 to 2 s each), asks it PROBES, and drops it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import gc
-import json
 import os
-import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
+from multiprocessing.connection import Connection
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+from tests.support import forked
+from tests.support.server import vllm_env
 
 # The last one fills a block of the CPU's prefix cache (128 tokens): asked again, it is answered
 # from the cache, so old keys and values that a push left there show. Asking for the log-probs of
@@ -32,9 +32,6 @@ PROBES: list[list[int]] = [
 ]
 CACHED = len(PROBES) - 1
 TOKENS = 16
-# How many threads compute changes bits. vLLM's binding gives a server fewer than an engine in
-# the process of its `LLM` object, so every engine that is compared gets one, unbound.
-ONE_THREAD = {"OMP_NUM_THREADS": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
 REPLY_S = 300.0
 Answers = list[dict[str, Any]]  # per probe: token ids, their log-probs, the top ones, the prompt's
 
@@ -88,21 +85,16 @@ class Offline:
         tp: int = 1,
         in_process: bool = True,
     ) -> None:
-        from tests.support.server import vllm_env
-
         self.log = log
-        threads = ONE_THREAD if tp == 1 else {}
-        self._env = vllm_env(threads | dict(env or {}), tp=tp)
+        self._env = vllm_env(env)
         self._env["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0" if in_process else "1"
         self._tp = tp
         self._fresh: dict[Path, Answers] = {}
 
     def start(self) -> Self:
-        with self.log.open("ab") as out:
-            self.process = subprocess.Popen(
-                [sys.executable, "-P", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                stderr=out, env=self._env, cwd=self.log.parent, start_new_session=True,
-            )  # fmt: skip
+        self._pipe, theirs = forked.Pipe()
+        self.process = forked.start(serve, theirs, env=self._env, log=self.log)
+        theirs.close()
         return self
 
     def fresh(self, model: Path) -> Answers:
@@ -123,16 +115,13 @@ class Offline:
         return result
 
     def _call(self, **request: Any) -> Any:
-        if self.process.returncode is not None:  # ended after an error: begin anew
+        if not self.process.is_alive():  # ended after an error: begin anew
             self.start()
-        stdin, stdout = self.process.stdin, self.process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.write(json.dumps(request | {"tp": self._tp}).encode() + b"\n")
-        stdin.flush()
-        ready, _, _ = select.select([stdout], [], [], REPLY_S)
-        line = stdout.readline() if ready else b""
-        reply = json.loads(line) if line else {"error": "no reply"}
+        self._pipe.send(request | {"tp": self._tp})
+        try:
+            reply = self._pipe.recv() if self._pipe.poll(REPLY_S) else {"error": "no reply"}
+        except EOFError:
+            reply = {"error": "the process died"}
         if "error" in reply:
             self.stop()
             raise RuntimeError(f"{request}: {reply['error']}\n{self.text()[-4000:]}")
@@ -143,12 +132,11 @@ class Offline:
 
     def stop(self) -> None:
         """Idempotent; ends the whole process group at once (vLLM's own exit takes seconds)."""
+        assert self.process.pid is not None
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(20)
-        for pipe in (self.process.stdin, self.process.stdout):
-            if pipe is not None:
-                pipe.close()
+        self.process.join(20)
+        self._pipe.close()
 
     def __enter__(self) -> Self:
         return self.start()
@@ -236,23 +224,18 @@ def _handle(request: dict[str, Any]) -> Any:
             shutdown()
 
 
-def main() -> None:
-    """Serve requests until standard input ends; vLLM's prints go to standard error."""
-    replies = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        start = time.perf_counter()
-        try:
-            reply: dict[str, Any] = {"ok": _handle(json.loads(line))}
-        # Whatever went wrong, the test is to see it.
-        except Exception as exc:
-            reply = {"error": f"{type(exc).__name__}: {exc}"}
-            sys.excepthook(type(exc), exc, exc.__traceback__)
-        gc.collect()
-        sys.stderr.write(f"took {time.perf_counter() - start:.1f} s: {line}")
-        replies.write(json.dumps(reply) + "\n")
-        replies.flush()
-
-
-if __name__ == "__main__":
-    main()
+def serve(pipe: Connection) -> None:
+    """Answer requests until the other end closes."""
+    forked.fork_engines()
+    with contextlib.suppress(EOFError):
+        while True:
+            request, start = pipe.recv(), time.perf_counter()
+            try:
+                reply: dict[str, Any] = {"ok": _handle(request)}
+            # Whatever went wrong, the test is to see it.
+            except Exception as exc:
+                reply = {"error": f"{type(exc).__name__}: {exc}"}
+                sys.excepthook(type(exc), exc, exc.__traceback__)
+            gc.collect()
+            print(f"took {time.perf_counter() - start:.1f} s: {request}", file=sys.stderr)
+            pipe.send(reply)

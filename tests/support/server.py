@@ -6,8 +6,6 @@ import contextlib
 import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,29 +14,36 @@ from typing import Any, Self
 
 import httpx
 
+from tests.support import forked
+
 START_S = 240.0
 PROMPTS: list[list[int]] = [[5, 6, 7, 8], list(range(20, 60)), [100, 3, 100, 3, 100]]
 Generation = tuple[list[str], list[float]]  # tokens and their log-probs
 
 
 def vllm_env(
-    extra: Mapping[str, str] | None = None, *, plugins: str | None = "wt", tp: int = 1
+    extra: Mapping[str, str] | None = None, *, plugins: str | None = "wt"
 ) -> dict[str, str]:
-    """The environment of every vLLM process in the tests."""
+    """The environment of every vLLM process in the tests.
+
+    How many threads compute changes bits, so every engine that is compared gets one, unbound.
+    """
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WT_", "VLLM_"))}
     env |= {
         "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
-        "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1" if tp > 1 else "2",
+        "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1",
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
     }  # fmt: skip
     if plugins is not None:
         env["VLLM_PLUGINS"] = plugins
-    if tp > 1:
-        env["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(str(i) for i in range(tp))
     return env | dict(extra or {})
 
 
 class Server:
-    """Started by `with`; `log` has what it printed. `args` follow the model's own."""
+    """Started by `with`; `log` has what it printed. `args` follow the model's own.
+
+    `anew`: by a fresh interpreter, as users start it (50 s instead of 5, see `forked`).
+    """
 
     def __init__(
         self,
@@ -50,38 +55,35 @@ class Server:
         plugins: str | None = "wt",
         tp: int = 1,
         backend: str | None = "ipc",
+        anew: bool = False,
     ) -> None:
         self.port = _free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
-        self._command = [
-            sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model),
-            "--served-model-name", "m", "--host", "127.0.0.1", "--port", str(self.port),
-            "--enforce-eager", "--max-model-len", "256", "--dtype", "bfloat16",
-            "--tensor-parallel-size", str(tp), *args,
+        self._args = [
+            "--model", str(model), "--served-model-name", "m", "--host", "127.0.0.1",
+            "--port", str(self.port), "--enforce-eager", "--max-model-len", "256",
+            "--dtype", "bfloat16", "--tensor-parallel-size", str(tp), *args,
         ]  # fmt: skip
         if backend is not None:
-            self._command += ["--weight-transfer-config", f'{{"backend": "{backend}"}}']
-        self._env = vllm_env(env, plugins=plugins, tp=tp)
+            self._args += ["--weight-transfer-config", f'{{"backend": "{backend}"}}']
+        self._env = vllm_env(env, plugins=plugins)
+        self._main = forked.api_server_anew if anew else forked.api_server
         self.http = httpx.Client(base_url=self.url, timeout=120, trust_env=False)
 
     def start(self) -> Self:
         """Blocks until /health answers; raises with the log's end if the server dies."""
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(
-                self._command, stdout=out, stderr=subprocess.STDOUT, env=self._env,
-                cwd=self.log.parent, start_new_session=True,
-            )  # fmt: skip
+        self.process = forked.start(self._main, *self._args, env=self._env, log=self.log)
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
-            if self.process.poll() is not None:
+            if not self.process.is_alive():
                 raise RuntimeError(f"the server died:\n{self.text()[-4000:]}")
             try:
                 if self.http.get("/health").status_code == 200:
                     return self
             except httpx.TransportError:
                 pass
-            time.sleep(0.5)
+            time.sleep(0.1)
         self.stop()
         raise TimeoutError(f"no /health in {START_S} s:\n{self.text()[-4000:]}")
 
@@ -91,16 +93,16 @@ class Server:
     def stop(self) -> None:
         """Idempotent; ends the server's whole process group."""
         self.http.close()
-        if self.process.poll() is None:
-            self.process.terminate()
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(20)
+        pid = self.process.pid
+        assert pid is not None
+        self.process.terminate()
+        self.process.join(20)
         with contextlib.suppress(ProcessLookupError):
             for _ in range(100):  # engine and workers clean /dev/shm after their leader has gone
-                os.killpg(self.process.pid, 0)
+                os.killpg(pid, 0)
                 time.sleep(0.1)
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait(20)
+            os.killpg(pid, signal.SIGKILL)
+        self.process.join(20)
 
     def __enter__(self) -> Self:
         return self.start()
