@@ -1,7 +1,8 @@
 """vLLM's processes, forked from one that has imported vLLM and done nothing else.
 
 On a CPU vLLM spawns a server's engine core and workers, and each of the three imports all of vLLM
-anew: 50 s of CPU time, where the start itself takes 5. Forked, everything behind the imports is
+anew (so does one more process per architecture, only to look at its class): 50 s of CPU time,
+where the start itself takes 5. Forked, everything behind the imports is
 the same: vLLM's own `main`, processes of their own, plugins found and loaded by each. OpenMP has
 read its settings by then (one thread, tests/conftest.py).
 """
@@ -51,6 +52,8 @@ def fork_engines() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and hasattr(module, "get_mp_context"):
             module.get_mp_context = lambda: multiprocessing.get_context("fork")
+    registry = sys.modules["vllm.model_executor.models.registry"]
+    registry._run_in_subprocess = lambda look: look()  # type: ignore[attr-defined]
 
 
 def _become(
