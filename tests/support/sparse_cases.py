@@ -202,8 +202,8 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
 def main() -> None:
     # The interpreter takes a tile as one step.
     kernels.TILE = kernels.PATCH = cuda_diff.TILE = cuda_diff.CHANGES = 256
-    small = (1, 5, 64, 300, 1000, 257)
-    for dtype in DTYPES:
+    small = (1, 64, 300, 257)
+    for dtype in {d.itemsize: d for d in DTYPES}.values():  # the kernels see words of its size
         check_diff(dtype, "cpu", small)
         check_scatter(dtype, "cpu", small)
         check_sums(dtype, "cpu", small)
