@@ -13,6 +13,7 @@
     │   ├── UnknownRegistration the worker does not hold these handles; send them again
     │   └── VersionMismatch     a delta does not start from the version the worker holds
     ├── TransferError           moving or loading the bytes failed
+    │   └── NotJoined           ranks of a group did not come to its rendezvous
     ├── ServerUnreachable       the server did not answer, or not as this plugin does
     └── UnsupportedVLLM         this vLLM, or this configuration of it, is not supported
 
@@ -94,6 +95,10 @@ class VersionMismatch(StateError):
 
 class TransferError(WeightSyncError):
     pass
+
+
+class NotJoined(TransferError):
+    ranks: tuple[int, ...] = ()  # where it is known
 
 
 class ServerUnreachable(WeightSyncError):

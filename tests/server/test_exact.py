@@ -162,6 +162,14 @@ def test_float32_module(live: Live) -> None:
         assert differences(live.ask(), live.fresh(B)) == []
 
 
+def test_broadcasts(live: Live) -> None:
+    """Over gloo, through small buffers, to every rank."""
+    with WeightSync(live.server.url, backend="nccl", buffer_bytes=64 << 10) as sync:
+        for seed in (B, A):
+            _everywhere(sync.push(live.folder(seed)))
+            assert differences(live.ask(), live.fresh(seed)) == [], f"seed {seed}"
+
+
 def _everywhere(report: PushReport) -> None:
     """All of the model went by the plan, and all of what was pushed was used."""
     plan = report.replicas[0].plan

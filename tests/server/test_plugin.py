@@ -96,7 +96,9 @@ def test_plugin_not_named(
     """Unset, vLLM loads general plugins but no endpoint plugins: ours is the backend, idle."""
     with Server(checkpoint("qwen3", 1), log(tmp_path), plugins=plugins) as server:
         assert_vllm_alone(server)
-        assert bool(lines(server, "weight transfer backend 'ipc' is ours")) == (plugins is None)
+        assert bool(lines(server, "weight transfer backends 'ipc' and 'nccl' are ours")) == (
+            plugins is None
+        )
         assert bool(lines(server, "VLLM_PLUGINS is not set")) == (plugins is None)
 
 
@@ -111,7 +113,7 @@ def test_unusable_token(checkpoint: Callable[..., Path], tmp_path: Path) -> None
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("backend", [None, "nccl", "upstream_ipc"])
+@pytest.mark.parametrize("backend", [None, "upstream_nccl", "upstream_ipc"])
 def test_other_backends(
     checkpoint: Callable[..., Path], tmp_path: Path, backend: str | None
 ) -> None:

@@ -95,7 +95,7 @@ class TrainerProcess:
     """A trainer in a process of its own: does `steps` against a server, then waits to be killed.
 
     Steps: `start:LEASE_S`, `part:FROM:TO` (a slice of the names), `finish:VERSION`; or
-    `packed:N` alone, a packed push that stops before the N-th tensor.
+    `packed:N` or `nccl:N` alone, a push through buffers that stops before the N-th tensor.
     """
 
     def __init__(self, url: str, seed: int, *steps: str) -> None:
@@ -127,8 +127,9 @@ class TrainerProcess:
 
 
 def _main(url: str, seed: str, *steps: str) -> None:
-    if steps and steps[0].startswith("packed:"):
-        return _packed(url, weights(int(seed)), int(steps[0].split(":")[1]))
+    if steps and steps[0].startswith(("packed:", "nccl:")):
+        way, _, stop = steps[0].partition(":")
+        return _buffers(url, weights(int(seed)), way, int(stop))
     held = Trainer(weights(int(seed)))
     print(*(s.name.strip("/") for s in held.registration.storages), flush=True)
     with httpx.Client(base_url=url, timeout=60, trust_env=False) as http:
@@ -142,7 +143,7 @@ def _main(url: str, seed: str, *steps: str) -> None:
     signal.pause()
 
 
-def _packed(url: str, tensors: Mapping[str, torch.Tensor], stop: int) -> None:
+def _buffers(url: str, tensors: Mapping[str, torch.Tensor], way: str, stop: int) -> None:
     class Stopping(MappingSource):
         def memory(self) -> None:
             return None
@@ -154,7 +155,11 @@ def _packed(url: str, tensors: Mapping[str, torch.Tensor], stop: int) -> None:
                     signal.pause()
                 yield pair
 
-    with WeightSync(url, packed=True, buffer_bytes=BUFFER, owner="the killed trainer") as sync:
+    urls, backend = url.split(","), "nccl" if way == "nccl" else "ipc"
+    with WeightSync(
+        urls, packed=True, buffer_bytes=BUFFER, owner="the killed trainer",
+        backend=backend,  # type: ignore[arg-type]
+    ) as sync:  # fmt: skip
         sync.push(Stopping(tensors))
 
 

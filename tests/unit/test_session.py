@@ -68,9 +68,9 @@ class Trainer:
 class Worker:
     """A session, the clock it reads, and the trainers it talks to."""
 
-    def __init__(self, kind: type[toys.Toy] = Model, rank: int = 0) -> None:
+    def __init__(self, kind: type[toys.Toy] = Model, rank: int = 0, world: int = 1) -> None:
         self.kind = kind
-        self.host = fresh(kind, 1)
+        self.host = fresh(kind, 1, rank, world)
         self.importer = Importer()
         self.hosts_made = 0
         self.logged: list[Any] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +17,7 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
     from_dict,
 )
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
 
@@ -59,6 +60,17 @@ class EngineControl:
         if not body.session or body.session != self._in_place:
             return await self.run(exchange.finish(body))
         return await self._at_once("weight_finish", body, exchange.finish(body))
+
+    async def receive(
+        self, session: str, gone: Callable[[], Awaitable[bool]], period_s: float = 0.5
+    ) -> exchange.Outcome:
+        """Take a broadcast; ended when the trainer who waits for it is `gone`."""
+        task = self._spawn(self._in_turn(broadcast.receive(session)))
+        while not (await asyncio.wait({task}, timeout=period_s))[0]:
+            if await gone():
+                reason = "the trainer has gone away"
+                await self.run(exchange.abort(msg.AbortBody(reason, session)))
+        return await asyncio.shield(task)
 
     async def _at_once(self, name: str, request: object, steps: exchange.Steps) -> exchange.Outcome:
         return await asyncio.shield(self._spawn(self._at_once_in_turn(name, request, steps)))
@@ -118,6 +130,9 @@ class EngineControl:
                 return await core.call_utility_all_async("set_weight_version", action.version)
             case exchange.Resume():
                 return await core.resume_scheduler_async()
+            case exchange.Rest():
+                self._turn.release()
+                await self._turn.acquire()  # after whoever waits
             case exchange.WatchLease():
                 self._spawn(self._watch(action))
 

@@ -18,7 +18,7 @@ from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.server.routes import PATHS, router
 
 logger = logging.getLogger("vllm.wt.server")
-BACKENDS = frozenset({"ipc"})
+BACKENDS = frozenset({"ipc", "nccl"})
 # What an operator does with a DIRTY engine; everything else that is posted asks for tokens.
 _MANAGEMENT = frozenset(
     {

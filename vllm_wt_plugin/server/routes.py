@@ -22,7 +22,7 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.server import bridge
 from vllm_wt_plugin.server.control import EngineControl
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
 
@@ -70,9 +70,12 @@ async def start_weight_update(request: Request, control: EngineControl) -> dict[
 
 
 async def update_weights(request: Request, control: EngineControl) -> dict[str, Any]:
-    """One part of the open update."""
+    """One part of the open update; of one that is broadcast, all of it."""
     body = msg.decode(_update, await request.body())
-    outcome = await control.run(exchange.update(body.update_info, body.session))
+    if body.update_info.broadcast:
+        outcome = await control.receive(body.session, request.is_disconnected)
+    else:
+        outcome = await control.run(exchange.update(body.update_info, body.session))
     return {"message": "Weights updated", **_told(outcome)}
 
 
@@ -93,9 +96,10 @@ async def abort_weight_update(request: Request, control: EngineControl) -> dict[
 
 
 async def init_weight_transfer_engine(request: Request, control: EngineControl) -> dict[str, Any]:
-    """Check that trainer and workers speak the same protocol; ipc needs no rendezvous."""
+    """Check that trainer and workers speak the same protocol; a trainer that broadcasts has all
+    workers join its group."""
     body = msg.decode(_init, await request.body())
-    exchange.agree(await control.call(msg.Init(body.init_info)))
+    await control.run(broadcast.join(body.init_info))
     return {"message": "Weight transfer initialized"}
 
 
@@ -171,6 +175,7 @@ async def _status(control: EngineControl) -> dict[str, Any]:
         "protocol": msg.PROTOCOL,
         "backend": config.weight_transfer_config.backend,
         "world_size": config.parallel_config.world_size_across_dp,
+        "device": config.device_config.device_type,
         "state": worst,
         **{
             k: getattr(state, k)

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -63,6 +63,30 @@ def checksum(name: str, tensor: torch.Tensor) -> int:
         strides.append(step)
         step *= n
     return _strided(seed(name), tensor, 0, tuple(reversed(strides)))
+
+
+def checksum_run(name: str, part: torch.Tensor, start: int = 0) -> int:
+    """The share of H of consecutive elements from flat index `start`. Blocking."""
+    return checksum_runs([(name, part, start)])[0]
+
+
+def checksum_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> list[int]:
+    """The same of many (name, elements, start) on one device; on CUDA by the kernel, at once."""
+    if not any(t.is_cuda for _, t, _ in runs):
+        return [_strided(seed(n), t.detach().reshape(-1), start, (1,)) for n, t, start in runs]
+    from vllm_wt_plugin.sparse.kernels import cuda_sums
+    from vllm_wt_plugin.sparse.patch import WORDS
+    from vllm_wt_plugin.sparse.scatter import Row
+
+    flat = [t.detach().contiguous().view(-1).view(WORDS[t.element_size()]) for _, t, _ in runs]
+    known = [i for i, f in enumerate(flat) if f.numel()]
+    found = cuda_sums(
+        [(seed(runs[i][0]), Row(flat[i], runs[i][2], ((len(flat[i]), 1, 1),))) for i in known]
+    )
+    out = [0] * len(runs)
+    for i, s in zip(known, found, strict=True):
+        out[i] = s
+    return out
 
 
 def checksum_region(name: str, part: torch.Tensor, place: Place) -> int:

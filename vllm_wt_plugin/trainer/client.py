@@ -16,7 +16,7 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
     from_dict,
 )
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.exchange import Held, Outcome
 from vllm_wt_plugin.wire.params import ParamSpec
@@ -34,6 +34,16 @@ class Client(Protocol):
     def push(self, request: msg.PushRequest | PatchPush) -> Outcome: ...
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held: ...
+
+    def join(self, info: dict[str, Any]) -> None: ...
+
+    def start(self, body: msg.StartBody) -> tuple[str, msg.PlanReport | None]: ...
+
+    def receive(self, session: str) -> dict[str, float]: ...
+
+    def finish(self, body: msg.FinishBody) -> Outcome: ...
+
+    def abort(self, session: str, reason: str) -> None: ...
 
     def status(self) -> dict[str, Any]: ...
 
@@ -94,10 +104,26 @@ class HTTPClient:
         reply = self.post("/start_weight_update", body)
         return reply["session"], msgspec.convert(reply["report"], msg.PlanReport | None)
 
+    def join(self, info: dict[str, Any]) -> None:
+        """Have every worker join the group that `info` tells of (`wire/nccl.py: NcclInit`)."""
+        self.post("/init_weight_transfer_engine", {"init_info": info})
+
+    def receive(self, session: str) -> dict[str, float]:
+        """Have every worker take what is broadcast, to the end. Returns seconds by phase."""
+        body = {"session": session, "update_info": {"broadcast": True}}
+        seconds: dict[str, float] = self.post("/update_weights", body)["seconds"]
+        return seconds
+
+    def finish(self, body: msg.FinishBody) -> Outcome:
+        """Commit the update that `start` opened."""
+        answer = self.post("/finish_weight_update", body)
+        answer.pop("message", None)
+        return msgspec.convert(answer, Outcome)
+
     def abort(self, session: str, reason: str) -> None:
         """End this update as well as can be; what the server thinks of it is its state."""
         try:
-            self.post("/abort_weight_update", {"session": session, "reason": reason})
+            self.post("/abort_weight_update", {"session": session, "reason": reason[:4096]})
         except WeightSyncError as exc:
             logger.warning("the update could not be aborted, its lease will end it: %s", exc)
 
@@ -192,6 +218,25 @@ class LLMClient:
             raise from_dict(reply.error or {})
         return reply.outcome
 
+    def join(self, info: dict[str, Any]) -> None:
+        self._run(broadcast.join(info))
+
+    def start(self, body: msg.StartBody) -> tuple[str, msg.PlanReport | None]:
+        done = self._run(exchange.start(body))
+        return done.session, done.report
+
+    def receive(self, session: str) -> dict[str, float]:
+        return self._run(broadcast.receive(session)).seconds
+
+    def finish(self, body: msg.FinishBody) -> Outcome:
+        return self._run(exchange.finish(body))
+
+    def abort(self, session: str, reason: str) -> None:
+        self._run(exchange.abort(msg.AbortBody(reason[:4096], session)))
+
+    def _run(self, steps: exchange.Steps) -> Outcome:
+        return exchange.run(steps, self._perform)
+
     def _perform(self, action: exchange.Action) -> Any:
         match action:
             case exchange.Call():
@@ -202,7 +247,7 @@ class LLMClient:
                 return self._reset_caches()
             case exchange.SetVersion():
                 return self._llm.llm_engine.set_weight_version(action.version)
-            case exchange.Pause() | exchange.Resume() | exchange.WatchLease():
+            case exchange.Pause() | exchange.Resume() | exchange.Rest() | exchange.WatchLease():
                 return None
 
     def _call(self, *verbs: msg.Verb) -> list[msg.Reply]:
@@ -223,8 +268,13 @@ class LLMClient:
         exchange.agree(replies)
         data: dict[str, Any] = msgspec.to_builtins(replies[0].state)
         data["state"] = data.pop("phase")
-        memory = [r.info["memory"] for r in replies]
-        return data | {"registrations": replies[0].info["registrations"], "memory": memory}
+        config = self._llm.llm_engine.vllm_config
+        return data | {
+            "registrations": replies[0].info["registrations"],
+            "memory": [r.info["memory"] for r in replies],
+            "world_size": len(replies),
+            "device": config.device_config.device_type,
+        }
 
     def shutdown(self) -> None:
         exchange.agree(self._call(msg.Shutdown()))

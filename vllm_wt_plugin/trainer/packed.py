@@ -7,7 +7,7 @@ other; what is where follows from the specs alone (`wire/buckets.py`).
 from __future__ import annotations
 
 import secrets
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -77,7 +77,7 @@ class PackedSender:
         sender: ThreadPoolExecutor,
         seconds: dict[str, float],
     ) -> None:
-        rows = _Rows(source)
+        rows = Rows(source)
         sent: list[Future[dict[str, Any]]] = []
         for index, pieces in enumerate(self.buckets):
             if index >= BUFFERS:  # this buffer's last bucket must have been copied
@@ -98,10 +98,16 @@ class PackedSender:
         self._memory.clear()
 
 
-class _Rows:
-    """Walks a source in step with its pieces; holds one tensor at a time."""
+class Rows:
+    """Walks a source in step with its pieces; holds one tensor at a time. `see` is told of each
+    tensor when it comes."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(
+        self,
+        source: Iterable[tuple[str, torch.Tensor]],
+        see: Callable[[str, torch.Tensor], None] = lambda *_: None,
+    ) -> None:
+        self._see = see
         self._tensors: Iterator[tuple[str, torch.Tensor]] = iter(source)
         self._name, self._tensor = "", torch.empty(0)
 
@@ -126,12 +132,18 @@ class _Rows:
     def _next(self, wanted: str) -> tuple[str, torch.Tensor]:
         for name, tensor in self._tensors:
             if tensor.numel():
+                self._see(name, tensor)
                 return name, tensor
         raise RequestError(
             "the source ended before this tensor",
             where=wanted,
             next_step="make specs() and iteration of the source agree",
         )
+
+    def exhaust(self) -> None:
+        """Walk to the end after a failure: ranks that gather together must all get there."""
+        for _ in self._tensors:
+            pass
 
     def finish(self) -> None:
         """Nothing may be left; ranks that gather together must all reach the end."""

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 
@@ -20,9 +20,12 @@ from vllm_wt_plugin.errors import (
     VersionMismatch,
     WeightSyncError,
 )
+from vllm_wt_plugin.trainer.broadcast import Broadcaster, walk
 from vllm_wt_plugin.trainer.client import Client, HTTPClient, LLMClient, client_for
 from vllm_wt_plugin.trainer.listing import Lister, Listing
+from vllm_wt_plugin.trainer.meeting import GroupOptions
 from vllm_wt_plugin.trainer.packed import PackedSender
+from vllm_wt_plugin.trainer.replicas import GRACE_S, culprits
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
 from vllm_wt_plugin.trainer.source import device_of, gathers
 from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
@@ -32,6 +35,7 @@ from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.wire.exchange import Held, Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
+from vllm_wt_plugin.wire.nccl import RENDEZVOUS_S, Verify
 
 AT_ONCE = 64  # replicas that are pushed to at a time
 
@@ -48,11 +52,15 @@ class _Export:
 
 
 class WeightSync:
-    """Pushes weights into running vLLM engines on this host.
+    """Pushes weights into running vLLM engines: on this host (`backend="ipc"`), or anywhere that
+    a broadcast reaches (`"nccl"`; gloo on CPU), to all of them at once.
 
     `target`: a server's URL, a list of URLs, or a `vllm.LLM`. `token` defaults to `WT_TOKEN`.
     `packed` sends through two buffers of `buffer_bytes` instead of the tensors' own memory: for
     sources that gather (default: only those) or whose memory CUDA cannot share. URLs only.
+    `nccl` always does, with buffers of 256 MiB, unless `packed=False`: each tensor by itself.
+    `verify`, `on_replica_error`, `host`, `port`, `rendezvous_s`, `sender`: of `nccl` alone, see
+    `GroupOptions`; `timeout_s` bounds one transfer there, else each wait for an answer.
     `snapshot`: where the copy for sparse pushes is kept, "device" (the tensors' own) or "host".
     Call `push` from one thread; the tensors must not change until it returns. `close()` (or
     leaving a `with`) releases shared memory and the replicas' mappings of it.
@@ -66,20 +74,29 @@ class WeightSync:
         timeout_s: float = 300.0,
         owner: str | None = None,
         packed: bool | None = None,
-        buffer_bytes: int = 1 << 30,
+        buffer_bytes: int | None = None,
         snapshot: Where = "device",
+        backend: Literal["ipc", "nccl"] = "ipc",
+        verify: Verify | None = None,
+        on_replica_error: Literal["raise", "drop"] = "raise",
+        host: str = "127.0.0.1",
+        port: int = 0,
+        rendezvous_s: float = RENDEZVOUS_S,
+        sender: bool | None = None,
     ) -> None:
         targets = list(target) if isinstance(target, (list, tuple)) else [target]
         if not targets:
             raise RequestError("no target", next_step="give at least one server")
         self._token = os.environ.get("WT_TOKEN") if token is None else token
         self._timeout_s = timeout_s
+        if backend == "nccl":  # replicas keep the deadlines, and say more when they pass
+            self._timeout_s = max(timeout_s, rendezvous_s) + 2 * GRACE_S
         self._clients = [self._client(t) for t in targets]
         in_process = all(_in_process(c) for c in self._clients)
         self._exporter = MemoryExporter() if in_process else Exporter()
         self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weight-sync")
-        self._packed, self._buffer_bytes = packed, buffer_bytes
+        self._packed, self._buffer_bytes = packed, buffer_bytes or 1 << 30
         self._sender: PackedSender | None = None
         self._known: dict[str, str] = {}  # replica → the registration it holds
         self._plans: dict[str, PlanReport] = {}
@@ -88,6 +105,14 @@ class WeightSync:
         self._tracker = Tracker(
             MemoryExporter if in_process else Exporter, self._plans, self._owner, snapshot
         )
+        self._broadcaster: Broadcaster | None = None
+        if backend == "nccl":
+            options = GroupOptions(
+                host=host, port=port, timeout_s=timeout_s, rendezvous_s=rendezvous_s,
+                buffer_bytes=buffer_bytes or GroupOptions.buffer_bytes, packed=packed is not False,
+                verify=verify, on_replica_error=on_replica_error, sender=sender,
+            )  # fmt: skip
+            self._broadcaster = Broadcaster(options, self._owner, self._pool, self._plans)
         self._pushes = 0
         self._closed = False
 
@@ -134,6 +159,8 @@ class WeightSync:
         start = time.perf_counter()
         listing = self._lister.list(source)
         seconds = {"list": time.perf_counter() - start}
+        if self._broadcaster is not None:
+            return self._broadcast(self._broadcaster, listing, version, mode, start)
         sent = None
         if mode != "dense":
             sent = self._tracker.push(listing, version, mode, self._clients)
@@ -161,6 +188,36 @@ class WeightSync:
                 changed=None if sent is None else sent.changed,
             )
         )
+
+    def _broadcast(
+        self, via: Broadcaster, source: Listing, version: str, mode: Mode, start: float
+    ) -> PushReport:
+        if mode != "dense":
+            raise RequestError(
+                "broadcasts are dense", next_step='push with mode="dense", or over ipc'
+            )
+        if not via.options.sends:
+            walk(source)
+            return PushReport(version=version, tensors=len(source.specs), bytes=0,
+                              seconds={"total": 0.0}, replicas=())  # fmt: skip
+        sent = via.push(source, version, self._clients)
+        report = PushReport(
+            version=version,
+            tensors=len(source.specs),
+            bytes=sum(s.nbytes for s in source.specs),
+            seconds=sent.seconds | {"total": time.perf_counter() - start},
+            replicas=tuple(
+                self._outcome(c, sent.outcomes[c.name])
+                if c.name in sent.outcomes
+                else ReplicaOutcome(name=c.name, error=sent.errors[c.name])
+                for c in self._clients
+            ),
+        )
+        if via.options.on_replica_error == "raise" or not sent.outcomes:
+            return _checked(report)
+        for name in sent.errors:
+            self.remove(name)
+        return report
 
     def verify(self, source: Any = None) -> VerifyReport:
         """Read every weight of every replica and compare checksums with `source`'s (default: the
@@ -263,6 +320,8 @@ class WeightSync:
         if self._closed:
             return
         self._closed = True
+        if self._broadcaster is not None:
+            self._broadcaster.close()
         for c in self._clients:
             try:
                 if c.name in self._known:
@@ -271,7 +330,7 @@ class WeightSync:
                 pass  # it dies or is busy with another trainer: its mappings end with the memory
             finally:
                 c.close()
-        self._pool.shutdown()
+        self._pool.shutdown(wait=self._broadcaster is None)  # one that hangs keeps a thread
         self._last = None
         self._lister.close()
         if self._sender is not None:
@@ -321,11 +380,12 @@ class WeightSync:
 
 
 def _checked(report: PushReport) -> PushReport:
-    """The report, or the first replica's error with the report on it."""
-    for o in report.replicas:
-        if o.error is not None:
-            o.error.report = report
-            raise o.error
+    """The report, or a replica's error with the report on it: of one that others failed with."""
+    errors = {o.name: o.error for o in report.replicas if o.error is not None}
+    if errors:
+        error = errors[min(culprits(errors), default=next(iter(errors)))]
+        error.report = report
+        raise error
     return report
 
 

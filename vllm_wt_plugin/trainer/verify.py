@@ -6,9 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
-from vllm_wt_plugin.sparse.checksum import checksum, seed
-from vllm_wt_plugin.sparse.patch import WORDS
-from vllm_wt_plugin.sparse.scatter import Row
+from vllm_wt_plugin.sparse.checksum import checksum_run
 from vllm_wt_plugin.trainer.report import VerifyReport
 from vllm_wt_plugin.wire.exchange import Held
 from vllm_wt_plugin.wire.patches import added_up
@@ -30,18 +28,7 @@ def verify(
                 continue
             dtype = held.report.stored.get(name, "")
             if dtype not in own:
-                own[dtype] = whole(name, t.to(getattr(torch, dtype)) if dtype else t)
+                own[dtype] = checksum_run(name, t.to(getattr(torch, dtype)) if dtype else t)
             if found != own[dtype]:
                 differ[replica].append(name)
     return VerifyReport(differ, unseen)
-
-
-def whole(name: str, t: torch.Tensor) -> int:
-    """`checksum`, by the kernel where there is one."""
-    t = t.detach()
-    if not t.is_cuda or not t.numel():
-        return checksum(name, t)
-    from vllm_wt_plugin.sparse.kernels import cuda_sums
-
-    flat = t.contiguous().view(-1).view(WORDS[t.element_size()])
-    return cuda_sums([(seed(name), Row(flat, 0, ((t.numel(), 1, 1),)))])[0]

@@ -8,8 +8,7 @@ import msgspec
 
 from vllm_wt_plugin.errors import StateError
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
-from vllm_wt_plugin.wire.messages import Session
-from vllm_wt_plugin.wire.params import ParamSpec, Text
+from vllm_wt_plugin.wire.params import ParamSpec, Session, Text
 
 CONFIG_FILE = "vllm_bridge_config.json"
 

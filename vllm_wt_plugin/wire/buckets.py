@@ -67,3 +67,13 @@ def cut(specs: Iterable[ParamSpec], buffer_bytes: int) -> list[list[Piece]]:
             used += -(-fit * size // ALIGN) * ALIGN
             row += fit
     return [*buckets, current] if current else buckets
+
+
+def apart(specs: Iterable[ParamSpec]) -> list[list[Piece]]:
+    """A bucket for each tensor that has elements."""
+    return [[Piece(s, 0, s.shape[0] if s.shape else 1, 0)] for s in specs if s.numel]
+
+
+def size(bucket: list[Piece]) -> int:
+    """Bytes of a buffer that a bucket fills."""
+    return bucket[-1].offset + bucket[-1].nbytes

@@ -20,8 +20,9 @@ import msgspec
 from vllm_wt_plugin.errors import PlanError, TransferError, WeightSyncError, from_dict
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
+from vllm_wt_plugin.wire.nccl import Written
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
+from vllm_wt_plugin.wire.patches import Part, PatchPush, added_up, wrong_sums
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,11 @@ class Resume:
 
 
 @dataclass(frozen=True)
+class Rest:
+    """Let others have their turn: what follows may be an abort of this very update."""
+
+
+@dataclass(frozen=True)
 class WatchLease:
     """Have the update end when its lease does, and resume the engine if that leaves it whole."""
 
@@ -65,7 +71,7 @@ class WatchLease:
     resume_after: bool
 
 
-Action = Call | IsPaused | Pause | ResetCaches | SetVersion | Resume | WatchLease
+Action = Call | IsPaused | Pause | ResetCaches | SetVersion | Resume | Rest | WatchLease
 
 
 @dataclass(frozen=True)
@@ -176,6 +182,21 @@ def check_patches(push: PatchPush, ready: list[Reply]) -> None:
         )
 
 
+def check_written(sums: dict[str, int], replies: list[Reply]) -> None:
+    """Raise unless what every rank has written adds up to the trainer's own checksums."""
+    agree(replies)
+    ranks = [r.info["sums"] for r in replies]
+    wrong = {n for n, have in sums.items() if added_up(ranks, n) not in (None, have)}
+    wrong |= {n for r in replies for n, s in r.info["received"].items() if s != sums[n]}
+    if wrong:
+        raise TransferError(
+            f"the checksum of {len(wrong)} tensors is not the trainer's: "
+            + ", ".join(sorted(wrong)[:20]),
+            where=min(wrong),
+            next_step="nothing was committed; push again",
+        )
+
+
 def start(body: msg.StartBody) -> Steps:
     """Open an update of several calls. Pauses the engine, unless it is paused already."""
     session = secrets.token_hex(16)
@@ -186,7 +207,7 @@ def start(body: msg.StartBody) -> Steps:
             msg.Begin(session, body.owner, body.lease_s, not was_paused),
         )
         if body.announced is not None:
-            verbs += (msg.Announce(session, body.announced, body.announce),)
+            verbs += (_announce(session, body),)
         replies = yield Call(verbs)
         report = agree(replies, body.announce.specs if body.announce is not None else ())
         if not was_paused:
@@ -197,7 +218,13 @@ def start(body: msg.StartBody) -> Steps:
     except Exception as exc:
         yield from _undo(session, exc, [], resume=not was_paused)
         raise
-    return Outcome(replies[0].state.version, _slowest(replies), report, session)
+    return Outcome(replies[0].state.version, slowest(replies), report, session)
+
+
+def _announce(session: str, body: msg.StartBody) -> msg.Announce:
+    return msg.Announce(
+        session, body.announced or "", body.announce, body.group, body.verify, body.round
+    )
 
 
 def bucket(index: int, session: str = "") -> Steps:
@@ -210,7 +237,7 @@ def bucket(index: int, session: str = "") -> Steps:
         now = yield Call((msg.Status(),))
         yield from _undo(session, exc, done, resume=now[0].state.resume_after)
         raise
-    return Outcome(done[0].state.version, _slowest(done), None)
+    return Outcome(done[0].state.version, slowest(done), None)
 
 
 def update(info: msg.UpdateInfo, session: str = "") -> Steps:
@@ -229,7 +256,7 @@ def update(info: msg.UpdateInfo, session: str = "") -> Steps:
     except Exception as exc:
         yield from _undo(session, exc, done, resume=open_[0].state.resume_after)
         raise
-    return Outcome(done[0].state.version, _slowest([*ready, *done]), report)
+    return Outcome(done[0].state.version, slowest([*ready, *done]), report)
 
 
 def finish(body: msg.FinishBody) -> Steps:
@@ -237,6 +264,8 @@ def finish(body: msg.FinishBody) -> Steps:
     open_ = yield Call((msg.Status(),))
     done: list[Reply] = []
     try:
+        if body.sums:
+            check_written(body.sums, (yield Call((Written(body.session, list(body.sums)),))))
         done = yield Call((msg.Commit(body.session, body.weight_version),))
         agree(done)
     except Exception as exc:
@@ -258,7 +287,7 @@ def abort(body: msg.AbortBody) -> Steps:
     replies = yield from _undo(
         body.session, TransferError(body.reason), [], resume=open_[0].state.resume_after
     )
-    return Outcome(replies[0].state.version, _slowest(replies), None)
+    return Outcome(replies[0].state.version, slowest(replies), None)
 
 
 def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) -> Steps:
@@ -274,7 +303,7 @@ def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) ->
         raise
     if resume and not any(r.state.asleep for r in done):
         yield Resume()
-    return Outcome(version, _slowest(all_), report)
+    return Outcome(version, slowest(all_), report)
 
 
 def _undo(
@@ -342,7 +371,8 @@ def _left_over(spec: ParamSpec, reports: list[PlanReport]) -> bool:
     )
 
 
-def _slowest(replies: list[Reply]) -> dict[str, float]:
+def slowest(replies: list[Reply]) -> dict[str, float]:
+    """Of each phase, the seconds of the rank that took longest."""
     out: dict[str, float] = {}
     for r in replies:
         for phase, s in r.seconds.items():

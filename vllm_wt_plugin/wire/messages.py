@@ -8,8 +8,9 @@ import msgspec
 
 from vllm_wt_plugin.errors import EngineDirty, RequestError, UpdateInProgress
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage, Storage, TensorRef
-from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size, Text, Version
-from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, Verify, Written
+from vllm_wt_plugin.wire.params import Name, ParamSpec, Session, Shape, Size, Text, Version
+from vllm_wt_plugin.wire.patches import Checksum, PatchPush
 
 T = TypeVar("T")
 PROTOCOL = 1
@@ -17,7 +18,6 @@ LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
 
 Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
 Specs = Annotated[tuple[ParamSpec, ...], msgspec.Meta(max_length=2**20)]
-Session = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]  # "": the open one
 
 
 class _Data(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -50,12 +50,14 @@ class InitBody(_Data, frozen=True):
 
 
 class Announcement(_Data, frozen=True):
-    """A packed trainer's tensors, and the buffers they will come through (`wire/buckets.py`)."""
+    """A packed trainer's tensors, and the buffers they will come through (`wire/buckets.py`);
+    no `buffers`: they are broadcast."""
 
     id: Hex32
     specs: Annotated[tuple[ParamSpec, ...], msgspec.Meta(min_length=1, max_length=2**20)]
     buffer_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-    buffers: Annotated[tuple[Registration, ...], msgspec.Meta(min_length=1, max_length=8)]
+    buffers: Annotated[tuple[Registration, ...], msgspec.Meta(max_length=8)] = ()
+    packed: bool = True  # False: a bucket per tensor
 
 
 class StartBody(_Data, frozen=True):
@@ -64,6 +66,9 @@ class StartBody(_Data, frozen=True):
     is_checkpoint_format: bool = True
     announced: Hex32 | None = None  # a packed update; `announce` is sent once
     announce: Announcement | None = None
+    group: Hex32 | None = None  # of an announced update that is broadcast
+    verify: Verify = "off"  # which of its checksums `finish` will bring (`wire/nccl.py`)
+    round: Annotated[int, msgspec.Meta(ge=0, le=2**60)] = 0
     attached: Session | None = None  # a bridge writes in place, nothing is sent; "": the last one
 
 
@@ -79,6 +84,7 @@ class UpdateInfo(_Data, frozen=True):
     update_kind: Literal["dense", "sparse_flat"] = "dense"
     packed: bool = False
     bucket: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None  # of an announced update
+    broadcast: bool = False  # all buckets of an announced update come through its group
     storages: list[Storage] = []
     handles: list[tuple[Size, Size, Shape | None]] = []
     ipc_handles_pickled: str | None = None
@@ -124,8 +130,11 @@ class UpdateBody(_Data, frozen=True):
 
 
 class FinishBody(_Data, frozen=True):
+    """`sums`: the trainer's own checksums, compared with the workers' before they commit."""
+
     weight_version: Version | None = None
     session: Session = ""
+    sums: Annotated[dict[Name, Checksum], msgspec.Meta(max_length=2**20)] = {}
 
 
 class AbortBody(_Data, frozen=True):
@@ -156,6 +165,8 @@ class Status(_Verb, frozen=True, tag="status"):
 
 
 class Init(_Verb, frozen=True, tag="init"):
+    """Check a trainer's protocol; for a group, begin to join it."""
+
     info: dict[str, Any]
 
 
@@ -197,6 +208,9 @@ class Announce(_Verb, frozen=True, tag="announce"):
     session: Session
     announced: Hex32
     announce: Announcement | None
+    group: Hex32 | None = None
+    verify: Verify = "off"
+    round: int = 0
 
 
 class Bucket(_Verb, frozen=True, tag="bucket"):
@@ -260,8 +274,9 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 
 Verb = (
-    Status | Init | Begin | Prepare | PreparePatches | Sums | Announce | Bucket | Apply | Commit
-    | Abort | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
+    Status | Init | Joined | Begin | Prepare | PreparePatches | Sums | Announce | Receive | Progress
+    | Written | Bucket | Apply | Commit | Abort | MarkDirty | SetVersion | Shutdown | Export
+    | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])

@@ -34,6 +34,7 @@ ITEMSIZE = {
 
 Version = Annotated[str, msgspec.Meta(min_length=1, max_length=256)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
+Session = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]  # "": the open one
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_ELEMENTS)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=16)]

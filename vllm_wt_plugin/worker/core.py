@@ -82,5 +82,5 @@ def _perform(core: Any, action: exchange.Action) -> Any:
             return exchange.must_reset(core.reset_prefix_cache(True, True))
         case exchange.SetVersion():
             return core.set_weight_version(action.version)
-        case exchange.WatchLease():
-            return None  # the API server does, as soon as it has the session
+        case exchange.WatchLease() | exchange.Rest():
+            return None  # the API server watches, as soon as it has the session

@@ -17,6 +17,7 @@ from vllm_wt_plugin._vllm import VllmHost, init_logger
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.session import WorkerSession
 
 logger = init_logger("vllm.wt.worker")
@@ -36,15 +37,17 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
         parallel = vllm_config.parallel_config
         self.after_commit: Any = lambda: None  # set by the worker: it resets LoRA state
         self._session_id = ""
+        rank = parallel.data_parallel_index * parallel.world_size + parallel.rank
         self.session = WorkerSession(
             lambda: VllmHost(self.model, vllm_config, device),
             Importer(device.index),
-            rank=parallel.data_parallel_index * parallel.world_size + parallel.rank,
+            rank=rank,
             world_size=parallel.world_size_across_dp,
             log=logger.error,
             after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
             synchronize=self._synchronize,
             shadow=_shadow(vllm_config),
+            link=Link(rank, device),
         )
 
     def _synchronize(self) -> None:

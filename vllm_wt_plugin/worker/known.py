@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import PatchPush, Widths, widths
-from vllm_wt_plugin.worker.packed import Announced
+from vllm_wt_plugin.worker.packed import Announced, PackedUpdate
 from vllm_wt_plugin.worker.places import Places, describe_patching
 from vllm_wt_plugin.worker.plan.build import build
 from vllm_wt_plugin.worker.plan.host import Host
@@ -191,11 +192,21 @@ class Known:
             with timed("plan"):
                 plan = self.plan(verb.announce.specs, complete=True)
             with timed("open"):
-                self._announced[key] = Announced(verb.announce, plan, self.importer)
+                self._announced[key] = Announced(
+                    verb.announce, plan, self.importer, self.host.device
+                )
             for old in list(self._announced)[:-KEEP]:
                 self._announced.pop(old).close()
         self._announced.move_to_end(key)
         return self._announced[key], new
+
+    def written(self, update: PackedUpdate, names: Collection[str]) -> dict[str, Any]:
+        """`sums`: of what lies in live memory, by part; `received`: of what came of tensors that
+        the engine holds in another form."""
+        places = self._places_of(update.plan)
+        live = [n for n in names if n not in places.whole and n in places.served]
+        received = {n: update.received[n] for n in names if n in update.received}
+        return {"sums": places.sums(live), "received": received}
 
     def buffer(self, push: PatchPush) -> torch.Tensor:
         """The bytes of a push of patches. Raises UnknownRegistration, HandleError."""

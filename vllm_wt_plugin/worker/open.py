@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.export import Attached
@@ -40,6 +41,19 @@ class Open:
     held: dict[str, torch.Tensor] = field(default_factory=dict)
     patches: PatchUpdate | None = None
     ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
+
+    def __str__(self) -> str:
+        since = time.strftime("%H:%M:%S", time.gmtime(self.since))
+        return f"an update of {self.owner or 'an unnamed trainer'} is open since {since} UTC"
+
+    def by(self, way: str) -> None:
+        """Raise RequestError unless all of its tensors come that way."""
+        if self.way not in ("", way):
+            raise RequestError(
+                f"tensors came {self.way}, and now {way}",
+                next_step="send all of an update in one way",
+            )
+        self.way = way
 
     def state(self, version: str, dirty: str, asleep: tuple[str, ...]) -> msg.State:
         left = max(0.0, self.deadline - time.monotonic())

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 
 from vllm_wt_plugin.errors import HandleError, PlanError, RequestError
+from vllm_wt_plugin.sparse.checksum import checksum_run, wrap
+from vllm_wt_plugin.transport import nccl
 from vllm_wt_plugin.transport.ipc import Importer
-from vllm_wt_plugin.wire.buckets import Piece, cut
+from vllm_wt_plugin.wire.buckets import Piece, apart, cut, size
 from vllm_wt_plugin.wire.messages import Announcement
 from vllm_wt_plugin.worker.plan.batch import Batch
 from vllm_wt_plugin.worker.plan.host import Host
@@ -17,7 +21,9 @@ from vllm_wt_plugin.worker.plan.update import Update
 class Announced:
     """What stays the same from one packed push to the next: plan, cut, buffers, copies."""
 
-    def __init__(self, new: Announcement, plan: LoadPlan, importer: Importer) -> None:
+    def __init__(
+        self, new: Announcement, plan: LoadPlan, importer: Importer, device: torch.device
+    ) -> None:
         if plan.must_equal:
             raise PlanError(
                 "two names are one tensor in the served model, which a packed push cannot compare",
@@ -25,7 +31,8 @@ class Announced:
                 next_step="push with packed=False, or leave one of the names out",
             )
         self.plan, self.importer, self.registrations = plan, importer, new.buffers
-        self.buckets = cut(new.specs, new.buffer_bytes)
+        self.specs = new.specs
+        self.buckets = cut(new.specs, new.buffer_bytes) if new.packed else apart(new.specs)
         self.memory: list[torch.Tensor] = []
         self.batches: dict[int, Batch] = {}  # by bucket, once built
         try:
@@ -36,6 +43,8 @@ class Announced:
                 ]:
                     raise HandleError("the buffer is not what was announced", where="buffers")
                 self.memory += tensors
+            if not new.buffers:  # what is broadcast arrives in buffers of our own
+                self.memory = nccl.buffers(max(map(size, self.buckets), default=1), device)
         except BaseException:
             self.close()
             raise
@@ -49,12 +58,16 @@ class Announced:
 
 
 class PackedUpdate:
-    """One packed update under way: buckets in order, each once."""
+    """One packed update under way: buckets in order, each once. Of the `checked` names that end in
+    another form than they came in, what comes is summed."""
 
-    def __init__(self, announced: Announced, host: Host) -> None:
+    def __init__(self, announced: Announced, host: Host, checked: Iterable[str] = ()) -> None:
+        self.plan, self.buckets, self.memory = announced.plan, announced.buckets, announced.memory
         self._announced = announced
         self._update = Update(host, announced.plan)
         self._next = 0
+        computed = announced.plan.report.whole
+        self.received: dict[str, int] = {n: 0 for n in checked if n in computed}
 
     def expect(self, index: int) -> None:
         """Refuse any bucket but the next; wait until the trainer has filled its buffer."""
@@ -64,9 +77,10 @@ class PackedUpdate:
                 f"bucket {index} of {len(a.buckets)} came, {self._next} was expected",
                 next_step="send buckets in order, each once",
             )
-        reg = a.registrations[index % len(a.memory)]
-        a.importer.check_alive(reg.id)
-        a.importer.wait(reg)
+        if a.registrations:
+            reg = a.registrations[index % len(a.memory)]
+            a.importer.check_alive(reg.id)
+            a.importer.wait(reg)
 
     def receive(self) -> None:
         """Copy the expected bucket."""
@@ -74,12 +88,21 @@ class PackedUpdate:
         memory = a.memory[index % len(a.memory)]
         pieces = [(p, _rows(memory, p)) for p in a.buckets[index]]
         a.batches[index] = self._update.receive_pieces(pieces, a.batches.get(index))
+        for p, rows in pieces:
+            if p.spec.name in self.received:
+                start = p.row * (rows.numel() // max(p.rows, 1))
+                have = self.received[p.spec.name] + checksum_run(p.spec.name, rows, start)
+                self.received[p.spec.name] = wrap(have)
         self._next += 1
 
+    @property
+    def complete(self) -> bool:
+        return self._next == len(self.buckets)
+
     def finish(self) -> None:
-        if missing := len(self._announced.buckets) - self._next:
+        if not self.complete:
             raise RequestError(
-                f"{missing} of {len(self._announced.buckets)} buckets never came",
+                f"{len(self.buckets) - self._next} of {len(self.buckets)} buckets never came",
                 next_step="send every bucket before finishing the update",
             )
         self._update.finish()

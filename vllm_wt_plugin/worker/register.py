@@ -40,7 +40,8 @@ def register() -> None:
         logger.error("vllm_wt_plugin is off, vLLM's own weight transfer stays in use: %s", exc)
     else:
         logger.info(
-            "vllm_wt_plugin: weight transfer backend 'ipc' is ours; vLLM's own is 'upstream_ipc'"
+            "vllm_wt_plugin: weight transfer backends 'ipc' and 'nccl' are ours; "
+            "vLLM's own are 'upstream_ipc' and 'upstream_nccl'"
         )
 
 
@@ -73,7 +74,8 @@ def _register() -> None:
         core.weight_patch = in_core.weight_patch
         core.weight_start = in_core.weight_start
         core.weight_finish = in_core.weight_finish
-    _vllm.swap_engine("ipc", IPCEngine)
+    for name in ("ipc", "nccl"):
+        _vllm.swap_engine(name, IPCEngine)
 
 
 def _engine(worker: Any) -> Any | None:

@@ -26,10 +26,12 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.nccl import Joined, NcclInit, Progress, Receive, Written
 from vllm_wt_plugin.worker.export import Exports
+from vllm_wt_plugin.worker.incoming import Incoming
 from vllm_wt_plugin.worker.known import Known
+from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.open import Committed, Draft, Open
-from vllm_wt_plugin.worker.packed import PackedUpdate
 from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
@@ -50,8 +52,11 @@ class WorkerSession:
         after_commit: Callable[[], None],
         synchronize: Callable[[], None],
         shadow: bool = False,
+        link: Link | None = None,
     ) -> None:
         self.known, self.rank = Known(host, importer, keeps_shadow=shadow), rank
+        self.link = link or Link(rank, torch.device("cpu"))
+        self.incoming = Incoming(self.known, self.link, synchronize)
         self.exports = Exports(self.known, world_size)
         self._log, self._after_commit, self._synchronize = log, after_commit, synchronize
         self.version = "default"
@@ -106,7 +111,9 @@ class WorkerSession:
                 if verb.memory:
                     out.info["memory"] = self.known.memory()
             case msg.Init():
-                msg.convert(verb.info, msg.IpcInit)
+                self.init(verb.info)
+            case Joined():
+                out.info["joining"] = not self.link.joined()
             case msg.Begin():
                 self.begin(verb)
             case msg.Prepare():
@@ -117,10 +124,8 @@ class WorkerSession:
                 self._awake()
                 places = self.known.places_for(verb.specs)
                 out.info["sums"], out.report = places.sums_of(verb.names), places.plan.report
-            case msg.Announce():
-                self.announce(verb, out)
-            case msg.Bucket():
-                self.bucket(verb, out)
+            case msg.Announce() | msg.Bucket() | Receive() | Progress() | Written():
+                self.incoming.run(verb, self._mine(verb.session, out), out)
             case msg.Apply():
                 self.apply(verb.session, out)
             case msg.Commit():
@@ -140,6 +145,7 @@ class WorkerSession:
                 self.version = verb.version
             case msg.Shutdown():
                 self._no_update("the connection")
+                self.link.leave("the trainer shut it down")
                 self.known.forget()
             case msg.Export():
                 self._awake()
@@ -156,15 +162,18 @@ class WorkerSession:
         self._awake()
         self._no_update("a second update")
         self.last = None
-        now = time.monotonic()
         self.open = Open(
-            verb.session,
-            verb.owner,
-            verb.lease_s,
-            now + verb.lease_s,
-            time.time(),
+            verb.session, verb.owner, verb.lease_s, time.monotonic() + verb.lease_s, time.time(),
             verb.resume_after or self.resume_sticky,
-        )
+        )  # fmt: skip
+
+    def init(self, info: dict[str, Any]) -> None:
+        """A trainer says how it will send; one that broadcasts says where its group meets."""
+        if "world_size" not in info:
+            msg.convert(info, msg.IpcInit)
+            return
+        self._no_update("another group")
+        self.link.join(msg.convert(info, NcclInit))
 
     def prepare(self, verb: msg.Prepare, out: Draft) -> None:
         open_ = self._mine(verb.session, out)
@@ -199,7 +208,7 @@ class WorkerSession:
         if open_.prepared is None:
             raise NoUpdate("nothing is prepared", next_step="send the update first")
         held, open_.prepared = open_.prepared, None
-        self._by(open_, "in parts" if held.replay is None else "at once")
+        open_.by("in parts" if held.replay is None else "at once")
         with out.timed("copy"):
             open_.wrote = True
             if held.replay is None:
@@ -212,32 +221,11 @@ class WorkerSession:
         if held.replay is not None:
             self.known.keep_shadow(held.plan, held.tensors)
 
-    def announce(self, verb: msg.Announce, out: Draft) -> None:
-        """A packed update begins: know where every tensor goes before the first bucket comes."""
-        open_ = self._mine(verb.session, out)
-        announced, new = self.known.announced(verb, out.timed)
-        if new:
-            out.report = announced.plan.report
-        open_.packed = PackedUpdate(announced, self.known.host)
-
-    def bucket(self, verb: msg.Bucket, out: Draft) -> None:
-        """Copy one bucket out of its buffer, which the trainer fills anew when this returns."""
-        open_ = self._mine(verb.session, out)
-        if open_.packed is None:
-            raise NoUpdate("no packed update is announced", next_step="start one")
-        self._by(open_, "in buckets")
-        with out.timed("wait"):
-            open_.packed.expect(verb.index)
-        with out.timed("copy"):
-            open_.wrote = True
-            open_.packed.receive()
-            self._synchronize()
-
     def touch(self, verb: msg.Touch, out: Draft) -> None:
         """An attached trainer begins to write: from now the weights may be mixed."""
         open_ = self._mine(verb.session, out)
         attached = self.exports.find(verb.attached)
-        self._by(open_, "in place")
+        open_.by("in place")
         self._synchronize()  # the last step before the pause may still be reading
         open_.attached, open_.wrote = attached, True
 
@@ -298,6 +286,7 @@ class WorkerSession:
         if open_ is None:
             return
         self.ended = open_.session, how
+        self.link.stop(reason)
         self._close_ephemeral(open_)
         if open_.patches is not None and open_.patches.exact and open_.wrote:
             open_.wrote = not self._undone(open_.patches)
@@ -347,13 +336,9 @@ class WorkerSession:
             return o.state(self.version, self.dirty, asleep)
         if self.dirty:
             return msg.State(
-                "DIRTY",
-                self.version,
-                self.dirty,
-                since=self.dirty_since,
-                resume_after=self.resume_sticky,
-                asleep=asleep,
-            )
+                "DIRTY", self.version, self.dirty, since=self.dirty_since,
+                resume_after=self.resume_sticky, asleep=asleep,
+            )  # fmt: skip
         return msg.State("IDLE", self.version, asleep=asleep)
 
     def _mine(self, session: str, out: Draft) -> Open:
@@ -367,14 +352,6 @@ class WorkerSession:
         self.open.deadline = time.monotonic() + self.open.lease_s
         return self.open
 
-    def _by(self, open_: Open, way: str) -> None:
-        if open_.way not in ("", way):
-            raise RequestError(
-                f"tensors came {open_.way}, and now {way}",
-                next_step="send all of an update in one way",
-            )
-        open_.way = way
-
     def _awake(self) -> None:
         if "weights" in self.asleep:
             raise EngineAsleep(
@@ -383,11 +360,8 @@ class WorkerSession:
 
     def _no_update(self, what: str) -> None:
         if self.open is not None:
-            o = self.open
-            since = time.strftime("%H:%M:%S", time.gmtime(o.since))
             raise UpdateInProgress(
-                f"{what} is refused: an update of {o.owner or 'an unnamed trainer'} "
-                f"is open since {since} UTC",
+                f"{what} is refused: {self.open}",
                 next_step="finish it, POST /abort_weight_update, or wait for its lease to end",
             )
 

@@ -1,0 +1,309 @@
+"""Broadcasts to real processes that run toy models, over gloo: what arrives, and every way to fail.
+
+What counts: a push that fails leaves every replica with the old weights or DIRTY, and says so;
+the next push makes a new group by itself and heals them, on either side of whatever died.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support import toy_trainer
+from tests.support.toy_replica import ToyReplica, weights
+from tests.support.toy_trainer import BUFFER, Faulty
+from vllm_wt_plugin import (
+    NotJoined,
+    PlanError,
+    RequestError,
+    ServerUnreachable,
+    TransferError,
+    WeightSync,
+)
+from vllm_wt_plugin.trainer.source import MappingSource
+from vllm_wt_plugin.wire.nccl import SAMPLE, checked
+from vllm_wt_plugin.wire.params import ParamSpec
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[list[ToyReplica]]:
+    """A replica of one worker and one of two."""
+    with ToyReplica() as one, ToyReplica(world=2) as two:
+        yield [one, two]
+
+
+def connect(*replicas: ToyReplica, **options: Any) -> WeightSync:
+    options = {"buffer_bytes": BUFFER, "timeout_s": 20.0, "rendezvous_s": 10.0} | options
+    return WeightSync([r.url for r in replicas], backend="nccl", **options)
+
+
+def all_serve(replicas: list[ToyReplica], seed: int, version: str) -> bool:
+    return all(r.serves(seed, version) and not r.paused() for r in replicas)
+
+
+def until(condition: Any, seconds: float = 15.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
+
+
+def test_one_broadcast_reaches_all_ranks_of_all_replicas(pair: list[ToyReplica]) -> None:
+    with connect(*pair) as sync:
+        for seed in (2, 3, 2):
+            report = sync.push(weights(seed), version=f"v{seed}")
+            assert all_serve(pair, seed, f"v{seed}")
+        assert report.ok
+        assert [r.version for r in report.replicas] == ["v2", "v2"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"packed": False}, {"verify": "off"}, {"buffer_bytes": 1 << 20}]
+)
+def test_other_ways_to_send_give_the_same_bits(
+    pair: list[ToyReplica], options: dict[str, Any]
+) -> None:
+    with connect(*pair, **options) as sync:
+        for seed in (3, 2):
+            sync.push(weights(seed), version=f"v{seed}")
+            assert all_serve(pair, seed, f"v{seed}")
+
+
+def test_a_sample_covers_every_tensor_in_turn() -> None:
+    for n in (1, 5, 100):
+        specs = [ParamSpec(str(i), "float32", (1,)) for i in range(n)]
+        rounds = [checked(specs, "sample", r) for r in range(7, 7 + SAMPLE)]
+        assert {n for names in rounds for n in names} == {s.name for s in specs}
+        assert all(0 < len(names) <= n // SAMPLE + 1 for names in rounds)
+        assert checked(specs, "full", 3) == [s.name for s in specs]
+        assert checked(specs, "off", 3) == []
+
+
+def test_the_status_answers_and_an_abort_ends_a_transfer(pair: list[ToyReplica]) -> None:
+    class Waiting(Faulty):
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            for i, row in enumerate(MappingSource.__iter__(self)):
+                if i == 20 and self.fault != "none":
+                    reached.set()
+                    go.wait(20)
+                yield row
+
+    reached, go = threading.Event(), threading.Event()
+    source = Waiting(weights(3))
+    source.fault = "wait"
+    raised: list[BaseException] = []
+
+    def push() -> None:
+        try:
+            sync.push(source)
+        except TransferError as exc:
+            raised.append(exc)
+
+    with connect(*pair) as sync:
+        sync.push(weights(2), version="v2")
+        thread = threading.Thread(target=push)
+        thread.start()
+        assert reached.wait(15)
+        start = time.monotonic()
+        assert {r.status()["state"] for r in pair} == {"UPDATING"}
+        body = {"reason": "an operator says so"}
+        assert pair[0].http.post("/abort_weight_update", json=body).status_code == 200
+        assert until(lambda: all(r.status()["state"] == "DIRTY" for r in pair))
+        assert time.monotonic() - start < 8
+        go.set()
+        thread.join(15)
+        assert "an operator says so" in str(raised[0])
+        source.fault = "none"
+        sync.push(source, version="v3")
+        assert all_serve(pair, 3, "v3")
+
+
+class Lying(Faulty):
+    """Announces its tensors, and yields something else from the middle on."""
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        rows = list(MappingSource.__iter__(self))
+        middle = len(rows) // 2
+        if self.fault == "fewer":
+            rows = rows[:middle]
+        elif self.fault == "more":
+            rows.append(("extra", torch.ones(3)))
+        elif self.fault == "other":
+            rows[middle] = ("other", rows[middle][1])
+        return iter(rows)
+
+
+@pytest.mark.parametrize("lie", ["fewer", "more", "other"])
+def test_a_source_that_breaks_its_word_ends_the_update(pair: list[ToyReplica], lie: str) -> None:
+    source = Lying(weights(3))
+    with connect(*pair) as sync:
+        sync.push(weights(2), version="v2")
+        source.fault = lie
+        with pytest.raises(RequestError, match=r"announced|ended before"):
+            sync.push(source)
+        assert {r.status()["state"] for r in pair} == {"DIRTY"}
+        source.fault = "none"
+        sync.push(source, version="v3")
+        assert all_serve(pair, 3, "v3")
+
+
+def test_a_source_that_can_be_walked_for_nothing_is_checked_before_a_byte_moves(
+    pair: list[ToyReplica],
+) -> None:
+    class Lists(Lying):
+        def memory(self) -> Any:
+            return []
+
+    source = Lists(weights(3))
+    source.fault = "fewer"
+    with connect(*pair) as sync:
+        sync.push(weights(2), version="v2")
+        with pytest.raises(PlanError):
+            sync.push(source)
+        assert all_serve(pair, 2, "v2")
+
+
+def test_what_no_replica_can_take_is_refused_before_a_byte_moves(pair: list[ToyReplica]) -> None:
+    with connect(*pair) as sync:
+        sync.push(weights(2), version="v2")
+        with pytest.raises(PlanError):
+            sync.push({"no.such.weight": torch.ones(3)})
+        assert all_serve(pair, 2, "v2")
+        sync.push(weights(3), version="v3")
+        assert all_serve(pair, 3, "v3")
+
+
+def test_a_port_that_is_taken(pair: list[ToyReplica]) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with (
+            connect(*pair, port=taken.getsockname()[1]) as sync,
+            pytest.raises(RequestError, match="no group can meet"),
+        ):
+            sync.push(weights(3))
+    assert {r.status()["state"] for r in pair} == {"IDLE"}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "status", "text"),
+    [
+        ({"world_size": 2, "rank_offset": 2}, 400, "this worker would be rank 2"),
+        ({"group": None}, 400, "needs `master_address`"),
+        ({"rank_offset": "one"}, 400, "Expected `int`"),
+        ({"rendezvous_s": 1.0}, 500, "nobody answered"),
+    ],
+)
+def test_an_init_that_cannot_work(
+    pair: list[ToyReplica], wrong: dict[str, Any], status: int, text: str
+) -> None:
+    with socket.socket() as s:  # bound, not listening: nobody answers there
+        s.bind(("127.0.0.1", 0))
+        info = {
+            "master_address": "127.0.0.1", "master_port": s.getsockname()[1], "rank_offset": 1,
+            "world_size": 3, "communicator": "torch", "group": "ab" * 16,
+        }  # fmt: skip
+        response = pair[1].http.post(
+            "/init_weight_transfer_engine", json={"init_info": info | wrong}
+        )
+    assert (response.status_code, text in response.text) == (status, True), response.text
+
+
+def test_a_rank_that_never_joins_is_named(pair: list[ToyReplica]) -> None:
+    """The replica answers for two workers, its group waits for three."""
+    with connect(*pair, rendezvous_s=2.0) as sync:
+        status = sync._clients[1].status
+        sync._clients[1].status = lambda: status() | {"world_size": 3}  # type: ignore[method-assign]
+        with pytest.raises((NotJoined, ServerUnreachable), match="4"):
+            sync.push(weights(3))
+        sync._clients[1].status = status  # type: ignore[method-assign]
+        sync.push(weights(3), version="v3")
+        assert all_serve(pair, 3, "v3")
+
+
+@pytest.mark.parametrize("fault", ["kill:12", "leave:12"])
+def test_a_trainer_that_dies_in_the_middle(pair: list[ToyReplica], fault: str) -> None:
+    with connect(*pair) as sync:
+        sync.push(weights(2), version="v2")
+        process = toy_trainer.start([r.url for r in pair], 3, 60.0, fault)
+        out, _ = process.communicate(timeout=60)
+        assert "there" in out
+        if fault == "kill:12":
+            assert process.returncode == -signal.SIGKILL
+        assert until(lambda: all(r.status()["state"] == "DIRTY" for r in pair))
+        sync.push(weights(2), version="healed")
+        assert all_serve(pair, 2, "healed")
+
+
+def test_a_trainer_that_stands_still_past_the_deadline(pair: list[ToyReplica]) -> None:
+    """Both sides end by themselves; when it goes on, it pushes again and exits cleanly."""
+    process = toy_trainer.start([r.url for r in pair], 3, 2.0, "stop:12")
+    try:
+        assert until(lambda: all(r.status()["state"] == "DIRTY" for r in pair), 40)
+        assert "did not arrive: nothing came from rank 0 within 2 s" in pair[0].status()["reason"]
+        process.send_signal(signal.SIGCONT)
+        out, _ = process.communicate(timeout=40)
+    finally:
+        process.kill()
+    assert "TransferError" in out or "ServerUnreachable" in out
+    assert out.endswith("pushed\n")
+    assert process.returncode == 0
+    assert all_serve(pair, 3, "process 3")
+
+
+@pytest.mark.parametrize("fault", ["kill:2", "stop:2"])
+def test_one_of_three_replicas_is_lost_in_the_middle(pair: list[ToyReplica], fault: str) -> None:
+    with ToyReplica(fault) as third, connect(pair[0], third, pair[1], timeout_s=3.0) as sync:
+        with pytest.raises(ServerUnreachable) as caught:
+            sync.push(weights(3))
+        assert third.url in str(caught.value)
+        assert "bucket" in str(caught.value)
+        errors = [r.error for r in caught.value.report.replicas]
+        assert all(third.url in str(e) for e in errors)
+        sync.remove(third.url)
+        sync.push(weights(2), version="v2")
+        assert all_serve(pair, 2, "v2")
+
+
+def test_a_lost_replica_is_left_out_where_that_is_asked_for(pair: list[ToyReplica]) -> None:
+    with (
+        ToyReplica("kill:2") as third,
+        connect(pair[0], third, pair[1], on_replica_error="drop") as sync,
+    ):
+        report = sync.push(weights(3), version="v3")
+        assert [r.error is None for r in report.replicas] == [True, False, True]
+        assert all_serve(pair, 3, "v3")
+        assert len(sync.push(weights(2), version="v2").replicas) == 2
+        assert all_serve(pair, 2, "v2")
+
+
+def test_a_flipped_bit_is_not_committed(pair: list[ToyReplica]) -> None:
+    with ToyReplica("flip:2") as third, connect(pair[0], third) as sync:
+        with pytest.raises(TransferError, match="checksum of 1 tensors") as caught:
+            sync.push(weights(3), version="v3")
+        assert [r.error is None for r in caught.value.report.replicas] == [True, False]
+        status = third.status()
+        assert (status["state"], status["version"]) == ("DIRTY", "default")
+        assert "checksum" in status["reason"]
+        sync.push(weights(2), version="v2")
+        assert all_serve([pair[0], third], 2, "v2")
+
+
+def test_a_replica_that_was_started_anew_is_met_again(pair: list[ToyReplica]) -> None:
+    with connect(*pair) as sync, connect(*pair) as other:
+        sync.push(weights(2), version="v2")
+        other.push(weights(3), version="v3")  # its group takes the first one's place
+        sync.push(weights(2), version="v2")
+        assert all_serve(pair, 2, "v2")

@@ -1,0 +1,127 @@
+"""This worker's place in a trainer's group: joining it, and receiving from it, on threads.
+
+The verbs that start either return at once and are followed by others that look how it goes, so
+that status, lease and abort never wait for a network.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+
+import torch
+
+from vllm_wt_plugin.errors import NoUpdate, TransferError, UnknownRegistration
+from vllm_wt_plugin.transport.backends import Member
+from vllm_wt_plugin.transport.group import Communicator, Joining, join
+from vllm_wt_plugin.transport.nccl import Receiver
+from vllm_wt_plugin.wire.buckets import size
+from vllm_wt_plugin.wire.nccl import NcclInit
+from vllm_wt_plugin.worker.packed import PackedUpdate
+
+WAIT_S = 0.03  # for which one verb keeps the worker: others queue behind it
+
+# vLLM's own rendezvous: payload, rank in the group, device, what ends the wait.
+PyNccl = Callable[[NcclInit, int, torch.device, threading.Event], Communicator]
+
+
+class Link:
+    """At most one group at a time; the last trainer to ask has it. Main thread only.
+
+    Whatever fails or is aborted ends the group: the trainer makes a new one.
+    """
+
+    def __init__(self, rank: int, device: torch.device, pynccl: PyNccl | None = None) -> None:
+        self._rank, self._device, self._pynccl = rank, device, pynccl
+        self.init: NcclInit | None = None
+        self._joining: Joining | None = None
+        self._group: Communicator | None = None
+        self._receiver: Receiver | None = None
+
+    def join(self, init: NcclInit) -> None:
+        """Begin to join the group of `init`, and leave any other. Raises RequestError."""
+        rank = init.check(self._rank)
+        self.leave("another trainer's group takes its place")
+        self.init = init
+        self._joining = Joining(lambda stop: self._meet(init, rank, stop))
+
+    def _meet(self, init: NcclInit, rank: int, stop: threading.Event) -> Communicator:
+        if init.communicator == "pynccl":
+            if self._pynccl is None:
+                raise TransferError("this engine has no PyNccl", where=f"rank {self._rank}")
+            return self._pynccl(init, rank, self._device, stop)
+        at = Member(
+            host=init.master_address or "", port=init.master_port or 0, group=init.group or "",
+            rank=rank, world_size=init.world_size,
+        )  # fmt: skip
+        return join(at, self._device, init.rendezvous_s, stop)
+
+    def joined(self) -> bool:
+        """Whether this rank is in the group, after a moment's wait. Raises TransferError."""
+        if self._joining is not None:
+            try:
+                self._group = self._joining.wait(WAIT_S)
+            except BaseException:
+                self._joining = None
+                raise
+            if self._group is None:
+                return False
+            self._joining = None
+        if self._group is None:
+            raise NoUpdate("no group is being joined", next_step="init the transfer engine")
+        return True
+
+    def expect(self, group: str | None) -> None:
+        """Raises UnknownRegistration unless this worker is in that group, and it is whole."""
+        mine = None if self.init is None else self.init.group
+        if self._group is None or self._group.aborted or group != mine:
+            raise UnknownRegistration(
+                "the worker is not in this trainer's group",
+                next_step="init the transfer engine again",
+            )
+
+    def receive(self, update: PackedUpdate) -> None:
+        """Begin to take all buckets of `update`."""
+        self.expect(None if self.init is None else self.init.group)
+        if self._group is None or self.init is None or self._receiver is not None:
+            raise NoUpdate("the buckets of this update are being received already")
+        sizes = [size(b) for b in update.buckets]
+        self._receiver = Receiver(self._group, update.memory, sizes, self.init.timeout_s)
+
+    def next(self, wait_s: float) -> int | None:
+        """The next bucket that is here; None if there is none within `wait_s`."""
+        if self._receiver is None:
+            raise NoUpdate("nothing is being received", next_step="start the update again")
+        return self._receiver.next(wait_s)
+
+    def release(self) -> None:
+        """The current stream has been told to copy the bucket that `next` gave."""
+        if self._receiver is not None:
+            self._receiver.release()
+
+    @property
+    def arrived(self) -> int:
+        """Buckets of the transfer under way that are here."""
+        return 0 if self._receiver is None else self._receiver.arrived
+
+    def done(self) -> None:
+        """Every bucket was copied: the group waits for the next transfer."""
+        self._receiver = None
+
+    def stop(self, reason: str) -> None:
+        """End a transfer under way, and with it the group. Idempotent."""
+        if self._receiver is not None:
+            self.leave(reason)
+
+    def leave(self, reason: str) -> None:
+        """Leave the group, or stop joining one. Idempotent."""
+        receiver, self._receiver = self._receiver, None
+        joining, self._joining = self._joining, None
+        group, self._group = self._group, None
+        self.init = None
+        if joining is not None:
+            joining.abort()
+        if receiver is not None:
+            receiver.abort(reason)  # raises where its thread hangs: the group must live then
+        if group is not None:
+            group.close()
