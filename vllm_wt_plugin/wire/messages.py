@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sized
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -75,7 +76,9 @@ class StartBody(_Data, frozen=True):
 class UpdateInfo(_Data, frozen=True):
     """One update call: vLLM's fields (0.32/0.33), the older form, and ours (`storages`, `handles`).
 
-    `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`.
+    `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`. Sparse: two for
+    each name, its `num_updates_list[i]` indices (int32 up to 2^31 - 1 elements of its shape,
+    beyond int64) and as many values. `base_version`, `sums`: as in `PatchPush`.
     """
 
     names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []
@@ -88,28 +91,19 @@ class UpdateInfo(_Data, frozen=True):
     storages: list[Storage] = []
     handles: list[tuple[Size, Size, Shape | None]] = []
     ipc_handles_pickled: str | None = None
+    num_updates_list: list[Size] | None = None
+    base_version: Version | None = None
+    sums: list[Checksum] = []
 
     def registration(self, key: str) -> Registration:
-        """The same as a `Registration`, checked; raises RequestError."""
-        if self.update_kind != "dense" or self.packed or self.ipc_handles_pickled is not None:
+        """A dense one as a `Registration`, checked; raises RequestError."""
+        if self.num_updates_list is not None:
             raise RequestError(
-                "this server takes dense updates with plain `storages` and `handles` only",
-                next_step="leave out update_kind, packed and ipc_handles_pickled, "
-                "or serve with the backend upstream_ipc",
+                "`num_updates_list` is for sparse updates",
+                where="$.update_info.num_updates_list",
+                next_step='say update_kind "sparse_flat", or leave it out',
             )
-        for what, rows in (
-            ("dtype_names", self.dtype_names),
-            ("shapes", self.shapes),
-            ("handles", self.handles),
-        ):
-            if len(rows) != len(self.names):
-                raise RequestError(
-                    f"`{what}` should be of the same size as `names`: "
-                    f"got {len(rows)} and {len(self.names)}",
-                    where=f"$.update_info.{what}",
-                )
-        if not self.names:
-            raise RequestError("`names` is empty", where="$.update_info.names")
+        self.check_plain(dtype_names=self.dtype_names, shapes=self.shapes, handles=self.handles)
         refs = tuple(
             TensorRef(n, d, s, h[0], h[1], h[2])
             for n, d, s, h in zip(
@@ -119,6 +113,24 @@ class UpdateInfo(_Data, frozen=True):
         registration = Registration(key, tuple(self.storages), refs)
         registration.check()
         return registration
+
+    def check_plain(self, **rows: Sized) -> None:
+        """Handles as data, and `rows` as long as `names`."""
+        if self.packed or self.ipc_handles_pickled is not None:
+            raise RequestError(
+                "this server takes updates with plain `storages` and `handles` only",
+                next_step="leave out packed and ipc_handles_pickled, "
+                "or serve with the backend upstream_ipc",
+            )
+        for what, given in rows.items():
+            if len(given) != len(self.names):
+                raise RequestError(
+                    f"`{what}` should be of the same size as `names`: "
+                    f"got {len(given)} and {len(self.names)}",
+                    where=f"$.update_info.{what}",
+                )
+        if not self.names:
+            raise RequestError("`names` is empty", where="$.update_info.names")
 
 
 class UpdateBody(_Data, frozen=True):
