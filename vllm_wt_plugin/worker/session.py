@@ -191,7 +191,7 @@ class WorkerSession:
     def prepare_patches(self, verb: msg.PreparePatches, out: Draft) -> None:
         """Everything that can be wrong is found here, while the engine serves."""
         open_ = self._mine(verb.session, out)
-        self._by(open_, "as patches")
+        open_.by("as patches")
         update, out.report = open_patches(
             self.known, verb.push, self.version, self.dirty, out.timed
         )
