@@ -26,7 +26,6 @@ from vllm_wt_plugin.errors import (
     VersionMismatch,
     WeightSyncError,
 )
-from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome
 from vllm_wt_plugin.trainer.source import Source, as_source
 from vllm_wt_plugin.trainer.sync import WeightSync
@@ -45,7 +44,6 @@ __all__ = [
     "RequestError",
     "ServerUnreachable",
     "Source",
-    "SparseWeightPatch",
     "StateError",
     "TransferError",
     "UnknownRegistration",

@@ -41,6 +41,8 @@ class Client(Protocol):
 
     def receive(self, session: str) -> dict[str, float]: ...
 
+    def bucket(self, session: str, index: int) -> dict[str, float]: ...
+
     def finish(self, body: msg.FinishBody) -> Outcome: ...
 
     def abort(self, session: str, reason: str) -> None: ...
@@ -103,6 +105,12 @@ class HTTPClient:
         """Open an update of several calls; its session, which they name, and the plan if new."""
         reply = self.post("/start_weight_update", body)
         return reply["session"], msgspec.convert(reply["report"], msg.PlanReport | None)
+
+    def bucket(self, session: str, index: int) -> dict[str, float]:
+        """Have every worker copy one bucket of the open update. Returns seconds by phase."""
+        body = {"session": session, "update_info": {"bucket": index}}
+        seconds: dict[str, float] = self.post("/update_weights", body)["seconds"]
+        return seconds
 
     def join(self, info: dict[str, Any]) -> None:
         """Have every worker join the group that `info` tells of (`wire/nccl.py: NcclInit`)."""
@@ -213,7 +221,7 @@ class LLMClient:
         )
         reply = msgspec.convert(row, exchange.PushReply)
         if reply.busy:
-            return exchange.run(exchange.push(request), self._perform)
+            return self._run(exchange.push(request))
         if reply.outcome is None:
             raise from_dict(reply.error or {})
         return reply.outcome
@@ -224,6 +232,9 @@ class LLMClient:
     def start(self, body: msg.StartBody) -> tuple[str, msg.PlanReport | None]:
         done = self._run(exchange.start(body))
         return done.session, done.report
+
+    def bucket(self, session: str, index: int) -> dict[str, float]:
+        return self._run(exchange.bucket(index, session)).seconds
 
     def receive(self, session: str) -> dict[str, float]:
         return self._run(broadcast.receive(session)).seconds

@@ -21,13 +21,13 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
 )
 from vllm_wt_plugin.trainer.broadcast import Broadcaster, walk
-from vllm_wt_plugin.trainer.client import Client, HTTPClient, LLMClient, client_for
+from vllm_wt_plugin.trainer.client import Client, LLMClient, client_for
 from vllm_wt_plugin.trainer.listing import Lister, Listing
 from vllm_wt_plugin.trainer.meeting import GroupOptions
-from vllm_wt_plugin.trainer.packed import PackedSender
+from vllm_wt_plugin.trainer.packed import PackedSender, PackedSenders
 from vllm_wt_plugin.trainer.replicas import GRACE_S, culprits
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
-from vllm_wt_plugin.trainer.source import device_of, gathers
+from vllm_wt_plugin.trainer.source import gathers
 from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
 from vllm_wt_plugin.trainer.verify import verify
 from vllm_wt_plugin.transport.ipc import Exporter
@@ -57,7 +57,7 @@ class WeightSync:
 
     `target`: a server's URL, a list of URLs, or a `vllm.LLM`. `token` defaults to `WT_TOKEN`.
     `packed` sends through two buffers of `buffer_bytes` instead of the tensors' own memory: for
-    sources that gather (default: only those) or whose memory CUDA cannot share. URLs only.
+    sources that gather (default: only those) or whose memory CUDA cannot share.
     `nccl` always does, with buffers of 256 MiB, unless `packed=False`: each tensor by itself.
     `verify`, `on_replica_error`, `host`, `port`, `rendezvous_s`, `sender`: of `nccl` alone, see
     `GroupOptions`; `timeout_s` bounds one transfer there, else each wait for an answer.
@@ -96,8 +96,8 @@ class WeightSync:
         self._exporter = MemoryExporter() if in_process else Exporter()
         self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
         self._pool = ThreadPoolExecutor(AT_ONCE, thread_name_prefix="weight-sync")
-        self._packed, self._buffer_bytes = packed, buffer_bytes or 1 << 30
-        self._sender: PackedSender | None = None
+        self._packed = packed
+        self._senders = PackedSenders(buffer_bytes or 1 << 30, timeout_s)
         self._known: dict[str, str] = {}  # replica → the registration it holds
         self._plans: dict[str, PlanReport] = {}
         self._lister = Lister()
@@ -284,23 +284,19 @@ class WeightSync:
 
     def _push_packed(self, source: Listing, version: str, clients: list[Client]) -> _Dense:
         """To one replica after another: a source that gathers is iterated once for each."""
-        specs = source.specs
-        if self._sender is None or self._sender.specs != specs:
-            if self._sender is not None:
-                self._sender.close()
-            self._sender = PackedSender(specs, self._buffer_bytes, device_of(source.source))
-        outcomes = [self._packed_one(c, self._sender, source, version) for c in clients]
+        specs, sender = source.specs, self._senders.get(source.source, source.specs, len(clients))
+        outcomes = [self._packed_one(c, sender, source, version) for c in clients]
         if any(isinstance(o.error, HandleError) for o in outcomes):
-            self._sender.close()  # the shared memory is gone: the next push makes it anew
-            self._sender = None
+            self._senders.close()  # the shared memory is gone: the next push makes it anew
         return len(specs), sum(s.nbytes for s in specs), outcomes, {}
 
     def _packed_one(
         self, c: Client, sender: PackedSender, source: Listing, version: str
     ) -> ReplicaOutcome:
-        if not isinstance(c, HTTPClient):
+        if _in_process(c):
             raise RequestError(
-                "an LLM object takes no packed pushes", next_step="leave out packed=True"
+                "an LLM whose worker is in this process takes no packed pushes",
+                next_step="leave out packed=True; gather a sharded model into a dict first",
             )
         try:
             known = self._known.get(c.name) == sender.announcement.id
@@ -308,7 +304,8 @@ class WeightSync:
         except WeightSyncError as exc:
             self._known.pop(c.name, None)
             return ReplicaOutcome(name=c.name, error=exc)
-        self._known[c.name] = sender.announcement.id
+        if sender.ranks.leads:
+            self._known[c.name] = sender.announcement.id
         return self._outcome(c, done)
 
     def status(self) -> list[dict[str, Any]]:
@@ -333,8 +330,7 @@ class WeightSync:
         self._pool.shutdown(wait=self._broadcaster is None)  # one that hangs keeps a thread
         self._last = None
         self._lister.close()
-        if self._sender is not None:
-            self._sender.close()
+        self._senders.close()
         self._exporter.close()
         self._tracker.close()
 

@@ -175,6 +175,11 @@ class Importer:
             if uuid in used
         )
 
+    def near(self, registration: Registration) -> bool:
+        """Is its memory on this worker's own GPU?"""
+        used = {s.gpu_uuid for s in registration.storages if isinstance(s, CudaStorage)}
+        return bool(used) and used == {cuda.gpu_uuid(self.device)}
+
     def _get(self, registration_id: str) -> _Opened:
         try:
             return self._opened[registration_id]

@@ -23,7 +23,6 @@ from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.nccl import Written
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import Part, PatchPush, added_up, wrong_sums
-from vllm_wt_plugin.wire.sparse import prepare
 
 
 @dataclass(frozen=True)
@@ -246,16 +245,12 @@ def update(info: msg.UpdateInfo, session: str = "") -> Steps:
     if info.bucket is not None:
         return (yield from bucket(info.bucket, session))
     key = secrets.token_hex(16)
-    verb = prepare(info, session, key)
+    part = info.registration(key)
     done: list[Reply] = []
     open_ = yield Call((msg.Status(),))
     try:
-        ready = yield Call((verb,))
-        if isinstance(verb, msg.PreparePatches):
-            report = agree(ready)
-            check_patches(verb.push, ready)
-        else:
-            report = agree(ready, verb.register.specs if verb.register is not None else ())
+        ready = yield Call((msg.Prepare(session, key, part, False),))
+        report = agree(ready, part.specs)
         done = yield Call((msg.Apply(session),))
         agree(done)
     except Exception as exc:

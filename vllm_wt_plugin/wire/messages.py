@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sized
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
@@ -51,14 +50,18 @@ class InitBody(_Data, frozen=True):
 
 
 class Announcement(_Data, frozen=True):
-    """A packed trainer's tensors, and the buffers they will come through (`wire/buckets.py`);
-    no `buffers`: they are broadcast."""
+    """A packed trainer's tensors, and the buffers they will come through (`wire/buckets.py`).
+
+    `ranks` trainer ranks fill buffers of their own with the same bytes; `buffers` has one rank's
+    after another's, and a worker reads from one rank's. No `buffers`: they are broadcast.
+    """
 
     id: Hex32
     specs: Annotated[tuple[ParamSpec, ...], msgspec.Meta(min_length=1, max_length=2**20)]
     buffer_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
-    buffers: Annotated[tuple[Registration, ...], msgspec.Meta(max_length=8)] = ()
+    buffers: Annotated[tuple[Registration, ...], msgspec.Meta(max_length=2**13)] = ()
     packed: bool = True  # False: a bucket per tensor
+    ranks: Annotated[int, msgspec.Meta(ge=1, le=2**10)] = 1
 
 
 class StartBody(_Data, frozen=True):
@@ -76,9 +79,7 @@ class StartBody(_Data, frozen=True):
 class UpdateInfo(_Data, frozen=True):
     """One update call: vLLM's fields (0.32/0.33), the older form, and ours (`storages`, `handles`).
 
-    `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`. Sparse: two for
-    each name, its `num_updates_list[i]` indices (int32 up to 2^31 - 1 elements of its shape,
-    beyond int64) and as many values. `base_version`, `sums`: as in `PatchPush`.
+    `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`.
     """
 
     names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []
@@ -91,19 +92,28 @@ class UpdateInfo(_Data, frozen=True):
     storages: list[Storage] = []
     handles: list[tuple[Size, Size, Shape | None]] = []
     ipc_handles_pickled: str | None = None
-    num_updates_list: list[Size] | None = None
-    base_version: Version | None = None
-    sums: list[Checksum] = []
 
     def registration(self, key: str) -> Registration:
-        """A dense one as a `Registration`, checked; raises RequestError."""
-        if self.num_updates_list is not None:
+        """The same as a `Registration`, checked; raises RequestError."""
+        if self.update_kind != "dense" or self.packed or self.ipc_handles_pickled is not None:
             raise RequestError(
-                "`num_updates_list` is for sparse updates",
-                where="$.update_info.num_updates_list",
-                next_step='say update_kind "sparse_flat", or leave it out',
+                "this server takes dense updates with plain `storages` and `handles` only",
+                next_step="leave out update_kind, packed and ipc_handles_pickled, "
+                "or serve with the backend upstream_ipc",
             )
-        self.check_plain(dtype_names=self.dtype_names, shapes=self.shapes, handles=self.handles)
+        for what, rows in (
+            ("dtype_names", self.dtype_names),
+            ("shapes", self.shapes),
+            ("handles", self.handles),
+        ):
+            if len(rows) != len(self.names):
+                raise RequestError(
+                    f"`{what}` should be of the same size as `names`: "
+                    f"got {len(rows)} and {len(self.names)}",
+                    where=f"$.update_info.{what}",
+                )
+        if not self.names:
+            raise RequestError("`names` is empty", where="$.update_info.names")
         refs = tuple(
             TensorRef(n, d, s, h[0], h[1], h[2])
             for n, d, s, h in zip(
@@ -113,24 +123,6 @@ class UpdateInfo(_Data, frozen=True):
         registration = Registration(key, tuple(self.storages), refs)
         registration.check()
         return registration
-
-    def check_plain(self, **rows: Sized) -> None:
-        """Handles as data, and `rows` as long as `names`."""
-        if self.packed or self.ipc_handles_pickled is not None:
-            raise RequestError(
-                "this server takes updates with plain `storages` and `handles` only",
-                next_step="leave out packed and ipc_handles_pickled, "
-                "or serve with the backend upstream_ipc",
-            )
-        for what, given in rows.items():
-            if len(given) != len(self.names):
-                raise RequestError(
-                    f"`{what}` should be of the same size as `names`: "
-                    f"got {len(given)} and {len(self.names)}",
-                    where=f"$.update_info.{what}",
-                )
-        if not self.names:
-            raise RequestError("`names` is empty", where="$.update_info.names")
 
 
 class UpdateBody(_Data, frozen=True):

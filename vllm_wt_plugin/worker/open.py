@@ -39,7 +39,7 @@ class Open:
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
     written: set[str] = field(default_factory=set)
     held: dict[str, torch.Tensor] = field(default_factory=dict)
-    patches: list[PatchUpdate] = field(default_factory=list)  # each call brings some
+    patches: PatchUpdate | None = None
     ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
 
     def __str__(self) -> str:
@@ -68,7 +68,7 @@ class Committed:
     """The last update, if it was patches: `before` is the version it started from."""
 
     session: str
-    patches: list[PatchUpdate]
+    patches: PatchUpdate
     before: str
 
 

@@ -11,6 +11,7 @@ from vllm_wt_plugin.sparse.checksum import checksum_run, wrap
 from vllm_wt_plugin.transport import nccl
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire.buckets import Piece, apart, cut, size
+from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import Announcement
 from vllm_wt_plugin.worker.plan.batch import Batch
 from vllm_wt_plugin.worker.plan.host import Host
@@ -19,10 +20,13 @@ from vllm_wt_plugin.worker.plan.update import Update
 
 
 class Announced:
-    """What stays the same from one packed push to the next: plan, cut, buffers, copies."""
+    """What stays the same from one packed push to the next: plan, cut, buffers, copies.
+
+    Of several trainer ranks this worker, number `rank`, reads from the one on its own GPU.
+    """
 
     def __init__(
-        self, new: Announcement, plan: LoadPlan, importer: Importer, device: torch.device
+        self, new: Announcement, plan: LoadPlan, importer: Importer, device: torch.device, rank: int
     ) -> None:
         if plan.must_equal:
             raise PlanError(
@@ -30,13 +34,14 @@ class Announced:
                 where=plan.must_equal[0][0].name,
                 next_step="push with packed=False, or leave one of the names out",
             )
-        self.plan, self.importer, self.registrations = plan, importer, new.buffers
+        self.plan, self.importer = plan, importer
+        self.registrations = _nearest(new, importer, rank)
         self.specs = new.specs
         self.buckets = cut(new.specs, new.buffer_bytes) if new.packed else apart(new.specs)
         self.memory: list[torch.Tensor] = []
         self.batches: dict[int, Batch] = {}  # by bucket, once built
         try:
-            for reg in new.buffers:
+            for reg in self.registrations:
                 tensors = list(importer.open(reg).values())
                 if [(t.dtype, tuple(t.shape)) for t in tensors] != [
                     (torch.uint8, (new.buffer_bytes,))
@@ -55,6 +60,20 @@ class Announced:
         self.batches.clear()
         for reg in self.registrations:
             self.importer.close(reg.id)
+
+
+def _nearest(new: Announcement, importer: Importer, rank: int) -> tuple[Registration, ...]:
+    """The buffers of a trainer rank on the worker's GPU; where there is none, of one of them."""
+    if not new.buffers:
+        return ()
+    each = len(new.buffers) // new.ranks
+    if each * new.ranks != len(new.buffers):
+        raise HandleError(
+            f"{len(new.buffers)} buffers for {new.ranks} trainer ranks", where="buffers"
+        )
+    sets = [new.buffers[i : i + each] for i in range(0, len(new.buffers), each)]
+    near = [s for s in sets if importer.near(s[0])]
+    return near[0] if near else sets[rank % len(sets)]
 
 
 class PackedUpdate:
