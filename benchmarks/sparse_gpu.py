@@ -80,7 +80,7 @@ class Applied:
 
         start = time.perf_counter()
         patched, _ = self.session.known.patched(push)
-        update = PatchUpdate(self.session.known.host, patched, push, buffer)
+        update = PatchUpdate(self.session.known.host, patched, push, {"patches": buffer})
         made = time.perf_counter()
         update.prepare()
         read = time.perf_counter()

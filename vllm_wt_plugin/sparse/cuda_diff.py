@@ -58,9 +58,11 @@ def _mark(  # type: ignore[no-untyped-def]
     row = table + tl.load(tiles + program * 2) * 3
     n = tl.load(row + 2)
     if n > 0:
-        start = tl.load(tiles + program * 2 + 1)
-        left = tl.minimum(n - start, TILE).to(tl.int32) // PER
-        first = tl.multiple_of(start // PER, 16)
+        first = tl.multiple_of(tl.load(tiles + program * 2 + 1), TILE)
+        left = tl.minimum(n - first, TILE).to(tl.int32)
+        if PER > 1:  # a division by 1 would be folded, and what is known of its result with it
+            left = left // PER
+            first = tl.multiple_of(first // PER, 16)
         new_at = tl.load(row).to(tl.pointer_type(SRC))
         old_at = tl.load(row + 1).to(tl.pointer_type(WORD))
         if ALIGN > 1:  # 16-byte accesses

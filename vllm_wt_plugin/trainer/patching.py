@@ -27,7 +27,7 @@ class PatchSender:
     """
 
     def __init__(self, exporter: BaseExporter) -> None:
-        self._exporter = exporter
+        self.exporter = exporter
         self.buffer: torch.Tensor | None = None
         self.registration: Registration | None = None
         self._known: dict[str, str] = {}  # replica → the buffer's registration it holds
@@ -56,8 +56,8 @@ class PatchSender:
                     i, v = i + g.indices.nbytes, v + g.values.nbytes
         for (spec, t), at in zip(changes.whole, places.whole_at, strict=True):
             buffer[at : at + spec.nbytes].view(t.dtype).view(t.shape).copy_(t)
-        self.registration, _ = self._exporter.register([("patches", buffer)])
-        self._exporter.refresh()
+        self.registration, _ = self.exporter.register([("patches", buffer)])
+        self.exporter.refresh()
         self.push = PatchPush(
             names=[s.name for s in specs],
             dtype_names=[s.dtype for s in specs],
@@ -95,7 +95,7 @@ class PatchSender:
         self._known.pop(name, None)
 
     def close(self) -> None:
-        self._exporter.close()
+        self.exporter.close()
         self.buffer = self.push = None
 
 
