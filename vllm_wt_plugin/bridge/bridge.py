@@ -1,4 +1,8 @@
-"""`VLLMWeightBridge`: the trainer's end. Attach once; then every optimiser step is the update."""
+"""`VLLMWeightBridge`: the trainer's end. Attach once; then every optimiser step is the update.
+
+Engines on other nodes have memory of their own: there the step is followed by a broadcast
+(`nodes.py`).
+"""
 
 from __future__ import annotations
 
@@ -18,10 +22,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vllm_wt_plugin.bridge.config import BridgeConfig
-from vllm_wt_plugin.bridge.group import init_process_group
+from vllm_wt_plugin.bridge.group import broadcast_object_list, init_process_group
 from vllm_wt_plugin.bridge.master import Masters
-from vllm_wt_plugin.bridge.model import Layout, skeleton
-from vllm_wt_plugin.errors import RequestError, StateError, UnsupportedVLLM, WeightSyncError
+from vllm_wt_plugin.bridge.model import Layout, loaded, skeleton
+from vllm_wt_plugin.bridge.nodes import InferenceNodes
+from vllm_wt_plugin.errors import RequestError, StateError, WeightSyncError, from_dict
 from vllm_wt_plugin.trainer.client import HTTPClient
 from vllm_wt_plugin.transport import shm
 from vllm_wt_plugin.transport.ipc import Importer
@@ -36,6 +41,9 @@ logger = logging.getLogger(__name__)
 
 class VLLMWeightBridge:
     """A model whose parameters are the tensors that a vLLM server on this host computes with.
+
+    With inference nodes (`BridgeConfig.num_inference_nodes`) a model of the trainer's own, which
+    every update broadcasts to the engines there.
 
         bridge = VLLMWeightBridge(BridgeConfig(model_name=…, vllm_api_url=…))
         model = bridge.get_trainable_model()
@@ -54,6 +62,7 @@ class VLLMWeightBridge:
         self.shared_state_dict: dict[str, Tensor] = {}  # checkpoint names → views
         token = os.environ.get("WT_TOKEN") if token is None else token
         self._http = HTTPClient(config.vllm_api_url, token=token, timeout_s=config.timeout_seconds)
+        self._nodes = None if config.is_local_mode else InferenceNodes(config, token)
         self._owner = f"{socket.gethostname()}:{os.getpid()}"
         self._importer = Importer(self.device.index, write=True)
         self._presence: shm.Segment | None = None
@@ -67,7 +76,7 @@ class VLLMWeightBridge:
     # ---- attaching --------------------------------------------------------------------
 
     def initialize(self) -> None:
-        """Reach the server, and join the other trainers if there are any. Idempotent.
+        """Reach the servers, and join the other trainers if there are any. Idempotent.
 
         Raises ServerUnreachable; with several trainers it is a collective of them.
         """
@@ -75,19 +84,16 @@ class VLLMWeightBridge:
             raise StateError("this bridge is closed", next_step="make a new one")
         if self._initialized:
             return
-        if not self.config.is_local_mode:
-            raise UnsupportedVLLM(
-                f"{self.config.num_inference_nodes} inference nodes: the bridge serves engines of "
-                "this host only",
-                where="BridgeConfig.num_inference_nodes",
-                next_step="set it to 0, or push with WeightSync",
-            )
-        if self.config.use_cuda_ipc:
+        method = self.config.init_method
+        if self._nodes is not None:
+            self._nodes.check()
+            method = self._nodes.meet if method == "env://" else method
+        elif self.config.use_cuda_ipc:
             self._http.get("/bridge/status")
         if self.config.world_size > 1:
             self._group = init_process_group(
                 "gloo",
-                self.config.init_method,
+                method,
                 timedelta(seconds=self.config.timeout_seconds),
                 self.config.world_size,
                 self.config.trainer_rank,
@@ -100,10 +106,11 @@ class VLLMWeightBridge:
 
         With `use_cuda_ipc` the server is asked for views of its memory, and of `state_dict` only
         names, shapes and dtypes are read (meta tensors will do). Without, the tensors given are
-        that memory (a trainer inside the engine's process, or one with handles of its own).
+        that memory (a trainer inside the engine's process, or one with handles of its own). With
+        inference nodes they are the trainer's own, and what it broadcasts.
         """
         self.initialize()
-        if not self.config.use_cuda_ipc:
+        if self._nodes is not None or not self.config.use_cuda_ipc:
             self.shared_state_dict = {n: t.detach() for n, t in state_dict.items()}
         else:
             specs = tuple(
@@ -135,28 +142,35 @@ class VLLMWeightBridge:
     def get_trainable_model(self, *, master: Literal["fp32"] | None = None) -> nn.Module:
         """The transformers model, every parameter a view of vLLM's memory, in training mode.
 
-        Always the same one. `master="fp32"`: `parameters()` are fp32 copies for the optimiser,
-        which `update` feeds with the model's gradients and writes back. Raises PlanError that
-        names each parameter without a view: all of them have one, or there is no model.
+        With inference nodes: loaded from its checkpoint. Always the same one. `master="fp32"`:
+        `parameters()` are fp32 copies for the optimiser, which `update` feeds with the model's
+        gradients and writes back. Raises PlanError that names each parameter without a view: all
+        of them have one, or there is no model.
         """
         if master not in (None, "fp32"):
             raise RequestError(f"master={master!r}", next_step='use "fp32" or None')
         if self._model is None:
             self.initialize()
             name = self.config.model_name or self.status()["model"]
-            layout = Layout(skeleton(name))
-            if not self.shared_state_dict:
-                if not self.config.use_cuda_ipc:
-                    raise StateError(
-                        "no memory is attached",
-                        next_step="attach_to_vllm_weights(…), or use_cuda_ipc=True",
-                    )
-                self.shared_state_dict = self._attach(layout.specs)
-            layout.install(self.shared_state_dict, self.device)
-            self._model = layout.model.train()
+            if self._nodes is not None and not self.shared_state_dict:
+                self._model = loaded(name, self.device).train()
+            else:
+                self._model = self._of_views(name).train()
         if master is not None and self._masters is None:
             self._masters = Masters(self._model.parameters())
         return self._model
+
+    def _of_views(self, name: str) -> nn.Module:
+        layout = Layout(skeleton(name))
+        if not self.shared_state_dict:
+            if not self.config.use_cuda_ipc:
+                raise StateError(
+                    "no memory is attached",
+                    next_step="attach_to_vllm_weights(…), or use_cuda_ipc=True",
+                )
+            self.shared_state_dict = self._attach(layout.specs)
+        layout.install(self.shared_state_dict, self.device)
+        return layout.model
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser shall step: the model's parameters, or their fp32 masters."""
@@ -179,11 +193,18 @@ class VLLMWeightBridge:
         `mode="overlap"` lets requests be answered while the weights are half new. An error inside
         leaves the engine DIRTY (it may be half written) until the next update or push. The engine
         waits `lease_s` at most. Raises what the server says; then it serves no mixed weights.
-        Without `use_cuda_ipc` whoever attached the memory tells the engine; this does not.
+        Without `use_cuda_ipc` whoever attached the memory tells the engine; this does not. With
+        inference nodes the weights are broadcast at the end, a collective of the trainers, and the
+        engines pause for that alone, in either mode.
         """
         if mode not in ("pause", "overlap"):
             raise RequestError(f"mode={mode!r}", next_step='use "pause" or "overlap"')
         name = str(self._updates + 1 if version is None else version)
+        if self._nodes is not None:
+            with self._written():
+                yield
+            self._broadcast(name)
+            return
         if mode == "overlap":
             self._http.get("/bridge/status")  # a dead server is found out before the step
             with self._written():
@@ -217,9 +238,15 @@ class VLLMWeightBridge:
             torch.cuda.synchronize(self.device)
 
     def notify_update(self, version: str | int | None = None) -> None:
-        """The weights were written outside of `update`: name them, drop caches of the old ones."""
+        """The weights were written outside of `update`: name them, drop caches of the old ones.
+
+        With inference nodes: broadcast them. A collective of the trainers then.
+        """
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+        if self._nodes is not None:
+            self._broadcast(None if version is None else str(version))
+            return
         self._updates += 1
         body = NotifyBody(
             self._updates, self.config.trainer_rank, time.time(), self._attached,
@@ -228,9 +255,29 @@ class VLLMWeightBridge:
         self._http.post("/bridge/notify_update", body)
 
     def broadcast_weights_to_inference(self) -> None:
-        """Make the engines serve the trainer's weights. They do: their memory is the trainer's,
-        so that this only tells them."""
+        """Make the engines serve the trainer's weights. On this host they do: their memory is the
+        trainer's, so that this only tells them. A collective of the trainers otherwise."""
         self.notify_update()
+
+    def _broadcast(self, version: str | None) -> None:
+        """Rank 0 sends and tells the other trainers what became of it; all raise that."""
+        self.initialize()
+        if self._nodes is None or (self._model is None and not self.shared_state_dict):
+            raise StateError(
+                "there are no weights to send", next_step="call get_trainable_model() first"
+            )
+        self._updates += 1
+        told: list[Any] = [None]
+        try:
+            self._nodes.push(self._model or self.shared_state_dict, version or self._updates)
+        except WeightSyncError as exc:
+            if self._group is None:
+                raise
+            told = [exc.to_dict()]
+        if self._group is not None:
+            broadcast_object_list(told, 0, self._group)
+        if told[0] is not None:
+            raise from_dict(told[0])
 
     def barrier(self) -> None:
         """Wait for the other trainers. A collective of them; nothing to do for one alone."""
@@ -238,8 +285,9 @@ class VLLMWeightBridge:
             dist.barrier(group=self._group)
 
     def status(self) -> dict[str, Any]:
-        """Who is attached to the server, its version and state."""
-        return self._http.get("/bridge/status")
+        """Who is attached to the server (the first inference node's), its version and state."""
+        http = self._http if self._nodes is None else self._nodes.first
+        return http.get("/bridge/status")
 
     # ---- the end ----------------------------------------------------------------------
 
@@ -257,6 +305,8 @@ class VLLMWeightBridge:
         if self._group is not None:
             dist.destroy_process_group(self._group)
             self._group = None
+        if self._nodes is not None:
+            self._nodes.close()
         self._http.close()
         shm.sweep_orphans()  # what a server that was killed left
 

@@ -9,6 +9,7 @@ import importlib
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,24 +28,39 @@ def skeleton(name: str) -> nn.Module:
 
     Parameters are on meta; buffers (rotary tables) are computed, on the CPU.
     """
+    transformers = _transformers()
+    config = _read(name, "config", transformers.AutoConfig.from_pretrained)
+    with _unallocated():
+        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
+    return model
+
+
+def loaded(name: str, device: torch.device) -> nn.Module:
+    """The causal language model of a checkpoint that transformers reads, in its own dtype."""
+    load = partial(_transformers().AutoModelForCausalLM.from_pretrained, dtype="auto")
+    model: nn.Module = _read(name, "model", load)
+    return model.to(device)
+
+
+def _transformers() -> Any:
     try:
-        transformers = importlib.import_module("transformers")
+        return importlib.import_module("transformers")
     except ImportError:
         raise RequestError(
             "a trainable model is built with the `transformers` package",
             next_step="pip install transformers",
         ) from None
+
+
+def _read(name: str, what: str, read: Callable[[str], Any]) -> Any:
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        return read(name)
     except (OSError, ValueError) as exc:
         raise RequestError(
-            f"transformers reads no config from it: {exc}"[:500],
+            f"transformers reads no {what} from it: {exc}"[:500],
             where=f"model_name {name!r}",
             next_step="give the folder or the name that vLLM serves",
         ) from exc
-    with _unallocated():
-        model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
-    return model
 
 
 class _Empty(TorchFunctionMode):
