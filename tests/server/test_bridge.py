@@ -10,6 +10,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from torch import nn
@@ -272,20 +274,27 @@ def test_requests_go_on_through_updates(large: Live) -> None:
     """Kept while weights are written, finished after; with and without the pause."""
     with large.bridge() as bridge, ThreadPoolExecutor(3) as pool:
         norm = bridge.get_trainable_model().get_parameter("model.norm.weight")
-        options = {"max_tokens": 150, "ignore_eos": True}
-        running = [pool.submit(large.server.complete, [5, i], **options) for i in range(3)]
-        updates = 0
-        while not all(r.done() for r in running):
-            mode = "overlap" if updates % 3 == 2 else "pause"
-            with bridge.update(version=updates, mode=mode), torch.no_grad():
-                norm.mul_(1.001)
-            updates += 1
-        assert updates > 1
-        for request in running:
-            answer = request.result()
+        enough = threading.Event()
+
+        def ask(number: int) -> list[httpx.Response]:
+            answers = []
+            while not enough.is_set():
+                prompt, options = [5, number], {"max_tokens": 150, "ignore_eos": True}
+                answers.append(large.server.complete(prompt, **options))
+            return answers
+
+        running = [pool.submit(ask, i) for i in range(3)]
+        try:
+            for n in range(12):
+                mode = "overlap" if n % 3 == 2 else "pause"
+                with bridge.update(version=n, mode=mode), torch.no_grad():
+                    norm.mul_(1.001)
+        finally:
+            enough.set()
+        for answer in (a for r in running for a in r.result()):
             assert answer.status_code == 200, answer.text
             assert answer.json()["usage"]["completion_tokens"] == 150
-        assert bridge.status()["version"] == str(updates - 1)
+        assert bridge.status()["version"] == "11"
 
 
 def test_a_step_that_fails_leaves_the_engine_dirty_and_the_next_heals_it(large: Live) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import msgspec
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse
+from starlette.requests import ClientDisconnect
 
 from vllm_wt_plugin.errors import (
     RequestError,
@@ -231,6 +232,9 @@ def _answered(handler: Handler) -> Callable[[Request], Awaitable[JSONResponse]]:
             return JSONResponse(await handler(request, control))
         except WeightSyncError as exc:
             return JSONResponse(exc.to_dict(), status_code=exc.status)
+        except ClientDisconnect:  # before its body was complete: nothing was done, nobody reads
+            logger.info("weight sync: %s: the client hung up", request.url.path)
+            return JSONResponse(None, status_code=RequestError.status)
         # The engine's own failures (dead engine, refused pause) must reach the trainer as text.
         except Exception as exc:
             logger.exception("weight sync: %s failed", request.url.path)

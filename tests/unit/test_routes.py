@@ -1,0 +1,50 @@
+"""Callers that do not end what they began, at the real routes in front of toy workers."""
+
+from __future__ import annotations
+
+import logging
+import socket
+import time
+
+import httpx
+import pytest
+
+from tests.unit.toy_server import ToyEngine, ToyServer
+
+HEAD = "POST {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}"
+
+
+def begin(server: ToyServer, path: str, content: bytes, length: int) -> socket.socket:
+    url = httpx.URL(server.url)
+    peer = socket.create_connection((url.host, url.port or 80), timeout=10)
+    peer.sendall(f"{HEAD.format(path, length)}\r\n\r\n".encode() + content)
+    return peer
+
+
+@pytest.mark.parametrize("path", ["/push_weights", "/update_weights", "/start_weight_update"])
+def test_a_client_that_hangs_up_amid_its_body(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is done, and the log has a line of it, not a traceback."""
+    caplog.set_level(logging.INFO, "vllm.wt.server")
+    with ToyServer(ToyEngine()) as server:
+        before = server.engine.weights()
+        begin(server, path, b'{"owner": "', 1000).close()
+        deadline = time.monotonic() + 10
+        while not caplog.records and time.monotonic() < deadline:
+            time.sleep(0.01)
+        assert [(r.levelname, r.getMessage()) for r in caplog.records if "wt" in r.name] == [
+            ("INFO", f"weight sync: {path}: the client hung up")
+        ]
+        assert httpx.get(server.url + "/weight_transfer_status").json()["state"] == "IDLE"
+        assert server.engine.weights() == before
+
+
+def test_a_slow_body_keeps_nobody_waiting() -> None:
+    with ToyServer(ToyEngine()) as server:
+        content = b'{"owner": "slow"}'
+        with begin(server, "/start_weight_update", content[:5], len(content)) as slow:
+            started = httpx.post(server.url + "/start_weight_update", json={"owner": "quick"})
+            assert started.status_code == 200
+            assert httpx.post(server.url + "/abort_weight_update", json={}).status_code == 200
+            slow.sendall(content[5:])
+            assert slow.recv(100).startswith(b"HTTP/1.1 200")
+        assert httpx.get(server.url + "/weight_transfer_status").json()["owner"] == "slow"
