@@ -36,6 +36,7 @@ class ToyEngine:
         self.vllm_config = SimpleNamespace(
             model_config=self.model_config,
             weight_transfer_config=SimpleNamespace(backend="ipc"),
+            device_config=SimpleNamespace(device_type="cpu"),
             parallel_config=SimpleNamespace(world_size=ranks, world_size_across_dp=ranks),
         )
 
