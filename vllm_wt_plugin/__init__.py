@@ -7,6 +7,8 @@
 A trainer imports this package without vLLM. In vLLM it is loaded by the entry points named `wt`.
 """
 
+import importlib
+
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 from vllm_wt_plugin.errors import (
     AccessDenied,
@@ -36,6 +38,12 @@ __all__ = [
     "EngineAsleep",
     "EngineDirty",
     "HandleError",
+    "IPCTrainerSendWeightsArgs",
+    "IPCWeightTransferEngine",
+    "IPCWeightTransferInitInfo",
+    "IPCWeightTransferUpdateInfo",
+    "NCCLWeightTransferInitInfo",
+    "NCCLWeightTransferUpdateInfo",
     "NoUpdate",
     "NotJoined",
     "PlanError",
@@ -53,5 +61,29 @@ __all__ = [
     "VersionMismatch",
     "WeightSync",
     "WeightSyncError",
+    "WeightTransferEngine",
+    "WeightTransferInitRequest",
+    "WeightTransferUpdateRequest",
     "as_source",
 ]
+
+# vLLM's engine API (`compat/`), by the module of each name: loaded when it is first asked for.
+_COMPAT = {
+    "engine": ("IPCWeightTransferEngine", "WeightTransferEngine"),
+    "info": (
+        "IPCTrainerSendWeightsArgs",
+        "IPCWeightTransferInitInfo",
+        "IPCWeightTransferUpdateInfo",
+        "NCCLWeightTransferInitInfo",
+        "NCCLWeightTransferUpdateInfo",
+        "WeightTransferInitRequest",
+        "WeightTransferUpdateRequest",
+    ),
+}
+
+
+def __getattr__(name: str) -> object:
+    for module, names in _COMPAT.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.compat.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -114,6 +114,12 @@ class Offline:
         result: list[dict[str, Any]] = self._call(op="push", model=str(model), sources=rows)
         return result
 
+    def lifecycle(self, model: Path, source: Path) -> dict[str, Any]:
+        """Start from `model`; bring `source` in by the methods that vLLM gives an `LLM`."""
+        rows = [("folder", str(source))]
+        result: dict[str, Any] = self._call(op="lifecycle", model=str(model), sources=rows)
+        return result
+
     def _call(self, **request: Any) -> Any:
         if not self.process.is_alive():  # ended after an error: begin anew
             self.start()
@@ -212,11 +218,58 @@ def _push(llm: Any, sources: list[Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def _lifecycle(llm: Any, folder: Path) -> dict[str, Any]:
+    """Every method of vLLM's, in and out of turn; then an update in two parts."""
+    from vllm_wt_plugin.trainer.source import as_source
+    from vllm_wt_plugin.transport.ipc import Exporter
+
+    def error(call: Any, *args: Any) -> str:
+        try:
+            call(*args)
+        except Exception as exc:
+            return f"{type(exc).__name__}: {exc}"
+        return ""
+
+    def phase() -> str:
+        from vllm_wt_plugin.trainer.client import LLMClient
+
+        return str(LLMClient(llm).status()["state"])
+
+    said: dict[str, Any] = {"before": _ask(llm)}
+    llm.init_weight_transfer_engine({"init_info": {"packed": False}})
+    said["draft"] = error(llm.start_draft_weight_update)
+    said["too early"] = error(llm.update_weights, {"update_info": {}})
+    llm.start_weight_update()
+    said["nonsense"] = error(llm.update_weights, {"update_info": {"names": 5}})
+    said["too late"] = error(llm.finish_weight_update)
+    said["after nonsense"], said["still"] = phase(), _ask(llm)
+    with Exporter() as exporter:
+        table, _ = exporter.register(as_source(folder))
+        exporter.refresh()
+        llm.start_weight_update()
+        for rows in (table.tensors[:5], table.tensors[5:]):
+            llm.update_weights({"update_info": {
+                "names": [r.name for r in rows], "dtype_names": [r.dtype for r in rows],
+                "shapes": [list(r.shape) for r in rows],
+                "storages": [{"kind": "shm", "name": s.name, "nbytes": s.nbytes}
+                             for s in table.storages],
+                "handles": [(r.storage, r.offset, r.stride) for r in rows],
+            }})  # fmt: skip
+        llm.finish_weight_update("v2")
+        llm.shutdown_weight_transfer_engine()
+    from vllm_wt_plugin.trainer.client import LLMClient
+
+    said["workers"] = LLMClient(llm).status()["version"]
+    return said | {"after": _ask(llm), "version": llm.get_weight_version()}
+
+
 def _handle(request: dict[str, Any]) -> Any:
     # Before the engine: vLLM changes the classes of models that it runs by transformers' code.
     sources = [_source(how, path) for how, path in request.get("sources", [])]
     llm = _llm(request["model"], request["tp"])
     try:
+        if request["op"] == "lifecycle":
+            return _lifecycle(llm, sources[0])
         return _ask(llm) if request["op"] == "fresh" else _push(llm, sources)
     finally:
         shutdown = getattr(llm.llm_engine.engine_core, "shutdown", None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hmac
 import ipaddress
@@ -21,16 +22,30 @@ import uvicorn
 from fastapi import FastAPI, Request
 from hypothesis import assume, example, given
 from hypothesis import strategies as st
+from starlette.responses import Response
 
 from vllm_wt_plugin import errors
 from vllm_wt_plugin.errors import AccessDenied, RequestError
 from vllm_wt_plugin.server import access
-from vllm_wt_plugin.server.access import AccessMiddleware, AccessPolicy, check, require_same_host
+from vllm_wt_plugin.server.access import (
+    AccessMiddleware,
+    AccessPolicy,
+    check,
+    require_same_host,
+    require_token,
+)
 
 TOKEN, KEY = "tok-3f9a77", "sk-inference"
 LOOPBACK, REMOTE = ("127.0.0.1", 40000), ("203.0.113.9", 40000)
 TCP_END, UNIX_END = ("10.0.0.1", 8000), ("/run/vllm.sock", None)
 JSON = {"content-type": "application/json"}
+
+
+def basic(user: str, password: str) -> str:
+    """What `requests`, and so vLLM's HTTP client, sends for a line in ~/.netrc."""
+    return "Basic " + base64.b64encode(f"{user}:{password}".encode()).decode()
+
+
 BEARER = {"authorization": f"Bearer {TOKEN}"}
 LOCAL = AccessPolicy()
 TOKENED = AccessPolicy.from_env({"WT_TOKEN": TOKEN}, [])
@@ -222,6 +237,11 @@ def test_no_foreign_host_ever_passes(host: str) -> None:
         (f"Bearer {TOKEN[:-1]}", 401),
         (f"Bearer {KEY}", 401),
         (f"Basic {TOKEN}", 401),
+        (basic("wt", TOKEN), 200),
+        (basic("", TOKEN), 200),
+        (basic(TOKEN, ""), 401),
+        (basic("wt", KEY), 401),
+        ("Basic caf\xe9", 401),
         (TOKEN, 401),
         ("Bearer", 401),
         ("Bearer ", 401),
@@ -576,6 +596,33 @@ def test_the_answer_is_data(
     if status != 200:
         assert set(response.json()) == {"code", "error", "where", "next_step"}
         assert type(errors.from_dict(response.json())) is AccessDenied
+
+
+@pytest.mark.parametrize("policy", [LOCAL, TOKENED])
+@pytest.mark.parametrize("headers", [{}, BEARER])
+def test_whether_a_token_came_is_noted(policy: AccessPolicy, headers: dict[str, str]) -> None:
+    noted: list[bool] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        try:
+            require_token(scope)
+        except AccessDenied:
+            noted.append(False)
+        else:
+            noted.append(True)
+        await Response()(scope, receive, send)
+
+    middleware = AccessMiddleware(app, policy, lambda *_: True)
+    transport = httpx.ASGITransport(middleware, client=LOOPBACK)
+
+    async def ask() -> int:
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as http:
+            return (await http.post("/update_weights", json={}, headers=headers)).status_code
+
+    if asyncio.run(ask()) == 200:
+        assert noted == [policy is TOKENED and bool(headers)]
+    else:
+        assert (policy, headers, noted) == (TOKENED, {}, [])
 
 
 def test_other_paths_pass_untouched() -> None:

@@ -22,6 +22,7 @@ from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration, ShmStorage, TensorRef
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.update import UpdateInfo
 
 KEY = "0123456789abcdef" * 2
 REGISTRATION = Registration(
@@ -378,7 +379,7 @@ def test_an_engine_that_is_dead_for_the_abort_too() -> None:
 
 
 def part(engine: Engine) -> exchange.Outcome:
-    info = msg.UpdateInfo(
+    info = UpdateInfo(
         ["w"], ["float32"], [(4, 4)],
         storages=[ShmStorage(f"/wt_{KEY}", 64)], handles=[(0, 0, None)],
     )  # fmt: skip
@@ -393,10 +394,9 @@ def test_the_order_of_an_update_in_parts() -> None:
     engine.log.clear()
     part(engine)
     part(engine)
-    assert engine.log == ["status", "prepare", "apply"] * 2
-    keys = {v.registration for v in engine.verbs if isinstance(v, msg.Prepare)}
+    assert engine.log == ["status", "prepare_part", "apply"] * 2
+    keys = {v.registration for v in engine.verbs if isinstance(v, msg.PreparePart)}
     assert len(keys) == 2
-    assert not any(v.complete for v in engine.verbs if isinstance(v, msg.Prepare))
     engine.log.clear()
     outcome = engine.run(exchange.finish(msg.FinishBody("9")))
     assert engine.log == ["status", "commit", "ResetCaches", "SetVersion", "Resume"]
@@ -412,7 +412,7 @@ def test_a_packed_update_is_announced_with_its_start() -> None:
     assert engine.log == ["IsPaused", "begin announce", "Pause", "WatchLease"]
     assert outcome.report == msg.PlanReport(tensors=1)
     engine.log.clear()
-    engine.run(exchange.update(msg.UpdateInfo(bucket=0)))
+    engine.run(exchange.update(UpdateInfo(bucket=0)))
     assert engine.log == ["bucket"]
 
 
@@ -435,10 +435,10 @@ def test_a_start_that_fails(fail: str, log: list[str]) -> None:
 def test_a_part_that_is_refused_ends_the_update() -> None:
     engine = Engine()
     engine.run(exchange.start(msg.StartBody()))
-    engine.ranks[1].fail["prepare"] = PlanError("wrong")
+    engine.ranks[1].fail["prepare_part"] = PlanError("wrong")
     with pytest.raises(PlanError):
         part(engine)
-    assert engine.log[-3:] == ["prepare", "abort", "Resume"]
+    assert engine.log[-3:] == ["prepare_part", "abort", "Resume"]
     assert engine.phases == ["IDLE", "IDLE"]
     assert not engine.paused
 
@@ -447,7 +447,7 @@ def test_a_part_that_is_refused_after_others_is_dirty() -> None:
     engine = Engine()
     engine.run(exchange.start(msg.StartBody()))
     part(engine)
-    engine.ranks[1].fail["prepare"] = PlanError("wrong")
+    engine.ranks[1].fail["prepare_part"] = PlanError("wrong")
     with pytest.raises(PlanError):
         part(engine)
     assert engine.phases == ["DIRTY", "DIRTY"]

@@ -37,6 +37,9 @@ MAY_IMPORT = {
     },
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},
     "bridge/*": {".errors", ".wire", ".transport", ".trainer", ".bridge", "torch", "msgspec"},
+    "compat/*": {
+        ".errors", ".wire", ".transport", ".trainer", ".compat", "torch", "msgspec", "ray",
+    },
     "cli/*": {
         ".errors", ".wire", ".transport", ".trainer", ".server.access", ".cli", "torch", "msgspec",
         "typer", "rich",
@@ -58,7 +61,7 @@ MAY_IMPORT = {
 # Only these know vLLM; of them only _vllm.py what differs between versions.
 KNOW_VLLM = {
     "_vllm.py", "worker/engine.py", "worker/register.py", "worker/cpu_inplace.py",
-    "worker/core.py",
+    "worker/core.py", "worker/lifecycle.py",
 }  # fmt: skip
 HEAVY = {"vllm", "triton", "fastapi", "starlette", "safetensors", "transformers", "ray"}
 
@@ -185,7 +188,7 @@ def test_habits(module: str) -> None:
                 found.append((node.lineno, f"torch.{name} is pickle"))
     pickles = [line for n, line in imports(module) if n.partition(".")[0] in PICKLES]
     assert found == []
-    assert pickles == []
+    assert len(pickles) == (module == "wire/pickled.py")  # which reads one as data
 
 
 PICKLES = {"pickle", "_pickle", "cloudpickle", "dill", "marshal", "shelve"}

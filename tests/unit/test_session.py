@@ -642,15 +642,6 @@ def test_a_refused_part_after_another_is_dirty(worker: Worker) -> None:
     assert worker.state.phase == "DIRTY"
 
 
-def test_a_call_that_never_became_verbs(worker: Worker) -> None:
-    worker.ok(worker.begin())
-    reply = msg.reply_from(worker.session.refuse(ValueError("not an update")))
-    assert reply.error is not None
-    assert (reply.error["code"], reply.state.phase) == ("RequestError", "UPDATING")
-    worker.ok(worker.prepare(2, A, "mla.other.weight"), msg.Apply(A))
-    assert msg.reply_from(worker.session.refuse(ValueError("no"))).state.phase == "DIRTY"
-
-
 @pytest.mark.parametrize("first", ["parts", "at once"])
 def test_one_update_comes_one_way(worker: Worker, first: str) -> None:
     """A complete push of 3 amid parts of 2 would leave both in the model."""

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_wt_plugin import errors
 from vllm_wt_plugin.errors import HandleError, RequestError, WeightSyncError
-from vllm_wt_plugin.wire import buckets, exchange, handles, messages, params
+from vllm_wt_plugin.wire import buckets, exchange, handles, messages, nccl, params
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.buckets import cut, row_bytes
 from vllm_wt_plugin.wire.handles import (
@@ -29,6 +29,7 @@ from vllm_wt_plugin.wire.handles import (
 )
 from vllm_wt_plugin.wire.params import ITEMSIZE, MAX_ELEMENTS, ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
+from vllm_wt_plugin.wire.update import UpdateInfo
 
 KEY = "0123456789abcdef" * 2
 SHM = {"kind": "shm", "name": f"/wt_{KEY}", "nbytes": 64}
@@ -358,16 +359,16 @@ def test_storages_are_told_apart_by_kind() -> None:
 # ---- update bodies ------------------------------------------------------------------------
 
 
-def info(**change: Any) -> msg.UpdateInfo:
+def info(**change: Any) -> UpdateInfo:
     good: dict[str, Any] = {
         "names": ["w"], "dtype_names": ["float32"], "shapes": [[4, 4]],
         "storages": [SHM], "handles": [[0, 0, None]],
     }  # fmt: skip
-    return decode(msg.UpdateInfo, good | change)
+    return decode(UpdateInfo, good | change)
 
 
 def test_an_update_is_a_registration() -> None:
-    assert info().registration(KEY) == registration(ref((4, 4)))
+    assert info().registrations(KEY) == {"": registration(ref((4, 4)))}
 
 
 @pytest.mark.parametrize(
@@ -378,8 +379,9 @@ def test_an_update_is_a_registration() -> None:
         ({"handles": []}, "$.update_info.handles"),
         ({"names": [], "dtype_names": [], "shapes": [], "handles": []}, "$.update_info.names"),
         ({"update_kind": "sparse_flat"}, ""),
-        ({"packed": True}, ""),
-        ({"ipc_handles_pickled": "gASV"}, ""),
+        ({"packed": True}, "$.update_info.tensor_sizes"),
+        ({"ipc_handles_pickled": "gASV"}, "$.update_info.ipc_handles_pickled"),
+        ({"ipc_handles": []}, "$.update_info.ipc_handles"),
         ({"handles": [[1, 0, None]]}, "w"),
         ({"handles": [[0, 1, None]]}, "w"),
         ({"dtype_names": ["object"]}, "w"),
@@ -387,7 +389,7 @@ def test_an_update_is_a_registration() -> None:
 )
 def test_updates_that_do_not_fit(change: dict[str, Any], where: str) -> None:
     with pytest.raises(RequestError) as caught:
-        info(**change).registration(KEY)
+        info(**change).registrations(KEY)
     assert caught.value.where == where
 
 
@@ -438,10 +440,15 @@ VERBS: list[Any] = [
     msg.Init({"packed": False}),
     msg.Begin(KEY, "me", 60.0, True),
     msg.Prepare(KEY, KEY, registration(ref((4, 4))), True),
+    msg.PreparePart(KEY, KEY, ({"": registration(ref((4, 4)))},)),
     msg.PreparePatches(KEY, patch_push()),
     msg.Sums(["a.weight"]),
     msg.Announce(KEY, KEY, None),
     msg.Bucket("", 3),
+    nccl.Joined(),
+    nccl.Receive(KEY),
+    nccl.Progress(KEY),
+    nccl.Written(KEY, ["a.weight"]),
     msg.Apply(KEY),
     msg.Commit(KEY, None),
     msg.Abort("", "why"),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import binascii
 import hashlib
 import hmac
 import ipaddress
@@ -26,6 +28,7 @@ _HEADER_SAFE = re.compile(rb"[!-~]+")
 _OCTET = rb"(25[0-5]|2[0-4][0-9]|1[0-9][0-9]|[1-9]?[0-9])"
 _LOCAL = re.compile(rb"(?i)(localhost|\[::1\]|127(\." + _OCTET + rb"){3})(:[0-9]{1,5})?")
 _PROXY_HEADER = re.compile(rb"x-forwarded-.*|forwarded|via|x-real-ip", re.IGNORECASE)
+_PROVEN = "wt.proven"  # in the scope of a request that was let in: whether it had one
 _OPEN_UP = (
     "set WT_TOKEN (or WT_TOKEN_FILE) on the server and send it as 'Authorization: Bearer …', "
     "or name the trainer's address in the server's WT_TRUSTED_HOSTS"
@@ -140,14 +143,36 @@ def _peer(scope: Scope) -> tuple[Address | None, bool, str]:
     return peer, False, f"peer {peer}"
 
 
-def _check_token(policy: AccessPolicy, scope: Scope, where: str) -> None:
+def require_token(scope: Scope) -> None:
+    """Raises AccessDenied unless the request came with a token, wherever it came from."""
+    if not scope.get(_PROVEN):
+        step = (
+            "set WT_TOKEN on the server; vLLM's own client sends it where the trainer's ~/.netrc "
+            "says 'machine HOST login wt password TOKEN'. WeightSync needs no pickle"
+        )
+        raise AccessDenied("pickled handles need a token", next_step=step)
+
+
+def _has_token(policy: AccessPolicy, scope: Scope) -> bool:
+    """As a bearer, or as the password that `requests` takes from ~/.netrc."""
     given = _values(scope, b"authorization")
     scheme, _, token = (given[0] if len(given) == 1 else b"").partition(b" ")
+    if scheme.lower() == b"basic":
+        try:
+            token = base64.b64decode(token, validate=True).partition(b":")[2]
+        except binascii.Error:
+            return False
+    elif scheme.lower() != b"bearer":
+        return False
     # As vLLM's own check does: header bytes are latin-1, what is hashed is UTF-8.
     digest = hashlib.sha256(token.decode("latin-1").encode()).digest()
     # A sum looks at every token, so that time does not tell which one matched.
-    right = sum(hmac.compare_digest(known, digest) for known in policy.tokens)
-    if scheme.lower() != b"bearer" or not right:
+    return sum(hmac.compare_digest(known, digest) for known in policy.tokens) > 0
+
+
+def _check_token(policy: AccessPolicy, scope: Scope, where: str) -> None:
+    if not _has_token(policy, scope):
+        given = _values(scope, b"authorization")
         what = "wrong token for the weight routes" if given else "the weight routes need a token"
         step = "send 'Authorization: Bearer …' with the server's WT_TOKEN, if unset its --api-key"
         raise Unauthorized(what, where=where, next_step=step)
@@ -218,6 +243,7 @@ class _Exchange:
     async def run(self, app: ASGIApp, policy: AccessPolicy) -> None:
         try:
             check(policy, self._scope)
+            self._scope[_PROVEN] = _has_token(policy, self._scope)
             for length in filter(bytes.isdigit, _values(self._scope, b"content-length")):
                 # 19 digits are too many already, and thousands of them Python does not convert.
                 self._check_size(int(length[:19]))

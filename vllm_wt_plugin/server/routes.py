@@ -6,6 +6,7 @@ Bodies are decoded once, into the structs of `wire/messages.py`; every error is 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -22,6 +23,7 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
 )
 from vllm_wt_plugin.server import bridge
+from vllm_wt_plugin.server.access import require_token
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
@@ -73,10 +75,14 @@ async def start_weight_update(request: Request, control: EngineControl) -> dict[
 async def update_weights(request: Request, control: EngineControl) -> dict[str, Any]:
     """One part of the open update; of one that is broadcast, all of it."""
     body = msg.decode(_update, await request.body())
-    if body.update_info.broadcast:
+    infos = body.infos
+    if any(i.ipc_handles_pickled is not None for i in infos):
+        require_token(request.scope)
+        infos = await asyncio.to_thread(lambda: [i.unpickled() for i in infos])
+    if any(i.broadcast for i in infos):
         outcome = await control.receive(body.session, request.is_disconnected)
     else:
-        outcome = await control.run(exchange.update(body.update_info, body.session))
+        outcome = await control.run(exchange.update(infos, body.session))
     return {"message": "Weights updated", **_told(outcome)}
 
 

@@ -9,19 +9,23 @@ several workers import one handle, and each would take one off.
 from __future__ import annotations
 
 import ctypes
+import os
+import stat
 import time
 import weakref
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 
 from vllm_wt_plugin.errors import HandleError, RequestError, TransferError
 from vllm_wt_plugin.transport.layout import Mapped, Span
-from vllm_wt_plugin.wire.handles import CudaStorage, Storage
+from vllm_wt_plugin.wire.handles import CudaStorage, Storage, TorchExport
+from vllm_wt_plugin.wire.torch_handles import IPC_HANDLE_BYTES, bare_handle
 
 POLL_S = 50e-6
-IPC_HANDLE_BYTES = 64  # cudaIpcMemHandle_t and cudaIpcEventHandle_t alike
+COUNTER_BYTES = 80_000  # the least a file of torch's reference counters has: 10,000 of int64
 # Handed to torch instead of a counter's name. On release torch opens that shared-memory file and
 # decrements in it, and takes a failure for a trainer that has ended. An inner slash always fails.
 _NO_COUNTER = b"/wt/none"
@@ -50,7 +54,7 @@ class CudaExport:
         self._address = storage.data_ptr()
         self.handle = CudaStorage(
             gpu_uuid=gpu_uuid(device),
-            handle=_raw(handle, span.name),
+            handle=bare_handle(handle, span.name),
             nbytes=nbytes,
             offset_bytes=offset,
         )
@@ -86,17 +90,19 @@ def _not_exportable(why: str, name: str) -> RequestError:
     )
 
 
-def _raw(handle: bytes, name: str) -> bytes:
-    """The bare cudaIpcMemHandle_t of torch's handle, which every torch version opens.
+def release(export: TorchExport) -> None:
+    """Worker side: tell the trainer's torch that its memory is not used any more.
 
-    torch puts a version byte and a kind in front; "e" (expandable segments) names file
-    descriptors of the trainer instead and is refused.
+    torch opens the file that the handle names and subtracts one in it, so the file is checked
+    first. One that is gone belonged to a trainer that has ended.
     """
-    if len(handle) == 2 + IPC_HANDLE_BYTES and handle[1:2] == b"c":
-        return handle[2:]
-    if len(handle) == IPC_HANDLE_BYTES:
-        return handle
-    raise _not_exportable("it is in an expandable segment", name)
+    try:
+        found = (Path("/dev/shm") / export.counter.lstrip("/")).lstat()  # noqa: S108
+    except OSError:
+        return
+    ours = stat.S_ISREG(found.st_mode) and found.st_uid == os.geteuid()
+    if ours and found.st_size >= COUNTER_BYTES:
+        torch.UntypedStorage._release_ipc_counter_cuda(export.counter.encode(), export.slot)
 
 
 class Fence:

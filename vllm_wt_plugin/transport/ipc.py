@@ -6,6 +6,7 @@ Exporter.refresh ─ before every push ─▶ Importer.check_alive and wait, the
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
@@ -23,6 +24,7 @@ from vllm_wt_plugin.wire.handles import (
     ShmStorage,
     Storage,
     TensorRef,
+    TorchExport,
 )
 
 WAIT_S = 30.0
@@ -113,6 +115,12 @@ class Importer:
     def __init__(self, device: int | None = None, *, write: bool = False) -> None:
         self._device, self._write = device, write
         self._opened: dict[str, _Opened] = {}
+        self._exports: Counter[TorchExport] = Counter()  # by how many registrations each is used
+
+    @property
+    def gpu(self) -> str:
+        """The UUID of the worker's GPU; "" without one."""
+        return cuda.gpu_uuid(self.device) if torch.cuda.is_available() else ""
 
     @property
     def device(self) -> int:
@@ -148,6 +156,7 @@ class Importer:
                 mapped[ref.storage] = self._attach(storage, allocations, ref.name)
             tensors[ref.name] = view(mapped[ref.storage], ref)
         events = self._open_events(registration)
+        self._exports.update(_exports(registration))
         self._opened[registration.id] = _Opened(
             registration, tuple(mapped.values()), tensors, events, allocations
         )
@@ -168,12 +177,11 @@ class Importer:
                 return memory.attach(storage, name)
 
     def _open_events(self, registration: Registration) -> tuple[torch.cuda.Event, ...]:
-        used = {s.gpu_uuid for s in registration.storages if isinstance(s, CudaStorage)}
-        return tuple(
-            cuda.open_event(handle, self.device, uuid)
-            for uuid, handle in registration.events.items()
-            if uuid in used
-        )
+        storages = [s for s in registration.storages if isinstance(s, CudaStorage)]
+        used = {s.gpu_uuid for s in storages}
+        events = {h: uuid for uuid, h in registration.events.items() if uuid in used}
+        events |= {s.export.event: s.gpu_uuid for s in storages if s.export and s.export.event}
+        return tuple(cuda.open_event(h, self.device, uuid) for h, uuid in events.items())
 
     def near(self, registration: Registration) -> bool:
         """Is its memory on this worker's own GPU?"""
@@ -220,10 +228,14 @@ class Importer:
         Memory is unmapped when the last tensor on it is gone, the caller's included. Let GPU
         reads finish first.
         """
-        if registration_id is None:
-            self._opened.clear()
-        else:
-            self._opened.pop(registration_id, None)
+        for key in list(self._opened) if registration_id is None else [registration_id]:
+            if (opened := self._opened.pop(key, None)) is None:
+                continue
+            exports = _exports(opened.registration)
+            self._exports.subtract(exports)
+            for export in [e for e in exports if not self._exports[e]]:
+                del self._exports[export]
+                cuda.release(export)
 
     def __enter__(self) -> Self:
         return self
@@ -235,3 +247,9 @@ class Importer:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _exports(registration: Registration) -> set[TorchExport]:
+    """What torch exported: a trainer of vLLM's exports its buffer once for many registrations."""
+    storages = (s for s in registration.storages if isinstance(s, CudaStorage))
+    return {s.export for s in storages if s.export is not None}

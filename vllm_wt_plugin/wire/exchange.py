@@ -17,12 +17,13 @@ from typing import Any
 
 import msgspec
 
-from vllm_wt_plugin.errors import PlanError, TransferError, WeightSyncError, from_dict
+from vllm_wt_plugin.errors import PlanError, RequestError, TransferError, WeightSyncError, from_dict
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.nccl import Written
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import Part, PatchPush, added_up, wrong_sums
+from vllm_wt_plugin.wire.update import UpdateInfo
 
 
 @dataclass(frozen=True)
@@ -240,17 +241,25 @@ def bucket(index: int, session: str = "") -> Steps:
     return Outcome(done[0].state.version, slowest(done), None)
 
 
-def update(info: msg.UpdateInfo, session: str = "") -> Steps:
-    """One part of the open update. A refused part ends the update."""
-    if info.bucket is not None:
-        return (yield from bucket(info.bucket, session))
+def update(info: UpdateInfo | list[UpdateInfo], session: str = "") -> Steps:
+    """One part of the open update, or a list of what each rank gets. A refused part ends it."""
+    infos = info if isinstance(info, list) else [info]
+    if len(infos) == 1 and infos[0].bucket is not None:
+        return (yield from bucket(infos[0].bucket, session))
     key = secrets.token_hex(16)
-    part = info.registration(key)
+    parts = tuple(i.registrations(key) for i in infos)
     done: list[Reply] = []
     open_ = yield Call((msg.Status(),))
+    if len(parts) not in (1, len(open_)):
+        raise RequestError(
+            f"update_info is a list of {len(parts)}, there are {len(open_)} workers",
+            where="$.update_info",
+            next_step="send one for all, or one for each worker, by global rank",
+        )
     try:
-        ready = yield Call((msg.Prepare(session, key, part, False),))
-        report = agree(ready, part.specs)
+        ready = yield Call((msg.PreparePart(session, key, parts),))
+        # Where every rank gets its own, none can tell what the others take of a name.
+        report = agree(ready, infos[0].specs if len(infos) == 1 else ())
         done = yield Call((msg.Apply(session),))
         agree(done)
     except Exception as exc:

@@ -30,6 +30,15 @@ class ShmStorage(_Data, frozen=True, tag="shm", tag_field="kind"):
     nbytes: ByteCount
 
 
+class TorchExport(_Data, frozen=True):
+    """What comes with memory that torch itself exported: where the trainer counts who still uses
+    it (one worker takes one off, once), and the event after which it may be read (b"": at once)."""
+
+    counter: Annotated[str, msgspec.Meta(pattern=r"^/torch_[0-9]+_[0-9]+_[0-9]+\Z", max_length=128)]
+    slot: Annotated[int, msgspec.Meta(ge=0, le=9_999)]  # in a file of torch's
+    event: Annotated[bytes, msgspec.Meta(max_length=64)] = b""
+
+
 class CudaStorage(_Data, frozen=True, tag="cuda", tag_field="kind"):
     """A part of a CUDA allocation: its bare cudaIpcMemHandle_t (base64 on the wire)."""
 
@@ -37,6 +46,7 @@ class CudaStorage(_Data, frozen=True, tag="cuda", tag_field="kind"):
     handle: Annotated[bytes, msgspec.Meta(max_length=1024)]
     nbytes: ByteCount
     offset_bytes: ByteCount
+    export: TorchExport | None = None
 
 
 class LocalStorage(_Data, frozen=True, tag="local", tag_field="kind"):

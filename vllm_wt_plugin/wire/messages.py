@@ -6,11 +6,12 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
 
-from vllm_wt_plugin.errors import EngineDirty, RequestError, UpdateInProgress
-from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage, Storage, TensorRef
+from vllm_wt_plugin.errors import EngineDirty, HandleError, RequestError, UpdateInProgress
+from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
 from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, Verify, Written
-from vllm_wt_plugin.wire.params import Name, ParamSpec, Session, Shape, Size, Text, Version
+from vllm_wt_plugin.wire.params import Name, ParamSpec, Session, Text, Version
 from vllm_wt_plugin.wire.patches import Checksum, PatchPush
+from vllm_wt_plugin.wire.update import UpdateInfo
 
 T = TypeVar("T")
 PROTOCOL = 1
@@ -76,61 +77,16 @@ class StartBody(_Data, frozen=True):
     attached: Session | None = None  # a bridge writes in place, nothing is sent; "": the last one
 
 
-class UpdateInfo(_Data, frozen=True):
-    """One update call: vLLM's fields (0.32/0.33), the older form, and ours (`storages`, `handles`).
-
-    `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`.
-    """
-
-    names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []
-    dtype_names: list[str] = []
-    shapes: list[Shape] = []
-    update_kind: Literal["dense", "sparse_flat"] = "dense"
-    packed: bool = False
-    bucket: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None  # of an announced update
-    broadcast: bool = False  # all buckets of an announced update come through its group
-    storages: list[Storage] = []
-    handles: list[tuple[Size, Size, Shape | None]] = []
-    ipc_handles_pickled: str | None = None
-
-    def registration(self, key: str) -> Registration:
-        """The same as a `Registration`, checked; raises RequestError."""
-        if self.update_kind != "dense" or self.packed or self.ipc_handles_pickled is not None:
-            raise RequestError(
-                "this server takes dense updates with plain `storages` and `handles` only",
-                next_step="leave out update_kind, packed and ipc_handles_pickled, "
-                "or serve with the backend upstream_ipc",
-            )
-        for what, rows in (
-            ("dtype_names", self.dtype_names),
-            ("shapes", self.shapes),
-            ("handles", self.handles),
-        ):
-            if len(rows) != len(self.names):
-                raise RequestError(
-                    f"`{what}` should be of the same size as `names`: "
-                    f"got {len(rows)} and {len(self.names)}",
-                    where=f"$.update_info.{what}",
-                )
-        if not self.names:
-            raise RequestError("`names` is empty", where="$.update_info.names")
-        refs = tuple(
-            TensorRef(n, d, s, h[0], h[1], h[2])
-            for n, d, s, h in zip(
-                self.names, self.dtype_names, self.shapes, self.handles, strict=True
-            )
-        )
-        registration = Registration(key, tuple(self.storages), refs)
-        registration.check()
-        return registration
-
-
 class UpdateBody(_Data, frozen=True):
     """`session`, here and below: what `start` answered, so that a trainer whose lease has ended
     does not write into another's update. vLLM's own clients leave it out."""
 
-    update_info: UpdateInfo
+    update_info: UpdateInfo | list[UpdateInfo]  # a list: one for each worker, by global rank
     session: Session = ""
+
+    @property
+    def infos(self) -> list[UpdateInfo]:
+        return self.update_info if isinstance(self.update_info, list) else [self.update_info]
 
 
 class FinishBody(_Data, frozen=True):
@@ -189,6 +145,27 @@ class Prepare(_Verb, frozen=True, tag="prepare"):
     register: Registration | None
     complete: bool  # every parameter of the model must be covered by this one
     replaces: Hex32 | None = None  # closed when this one is open
+
+
+class PreparePart(_Verb, frozen=True, tag="prepare_part"):
+    """As `prepare`, for a part of an update. `parts`: one for all ranks or one for each, by GPU."""
+
+    session: Session
+    registration: Hex32
+    parts: tuple[dict[str, Registration], ...]
+
+    def own(self, rank: int, gpu: str) -> Registration:
+        """What the worker of this rank on this GPU shall open. Raises HandleError."""
+        part = self.parts[rank if len(self.parts) > 1 else 0]
+        own = part.get("") or part.get(gpu)
+        if own is None:
+            raise HandleError(
+                f"IPC handle not found for GPU UUID {gpu or '(this worker has no GPU)'}. "
+                f"Available UUIDs: {list(part)}",
+                next_step="run a trainer rank on the GPU of every worker, or push with WeightSync, "
+                "which reaches other GPUs and, without one, shared memory",
+            )
+        return own
 
 
 class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):
@@ -278,9 +255,9 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 
 Verb = (
-    Status | Init | Joined | Begin | Prepare | PreparePatches | Sums | Announce | Receive | Progress
-    | Written | Bucket | Apply | Commit | Abort | MarkDirty | SetVersion | Shutdown | Export
-    | Detach | Touch
+    Status | Init | Joined | Begin | Prepare | PreparePart | PreparePatches | Sums | Announce
+    | Receive | Progress | Written | Bucket | Apply | Commit | Abort | MarkDirty | SetVersion
+    | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])

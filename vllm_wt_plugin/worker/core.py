@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import msgspec
 from vllm.v1.core.sched.interface import PauseState
+from vllm.v1.engine.core import EngineCore
 
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire import exchange
@@ -38,9 +39,7 @@ def _in_one_call(kind: type[T], steps: Callable[[T], exchange.Steps]) -> Callabl
             if _busy(core):
                 reply = exchange.PushReply(busy=True)
             else:
-                reply = exchange.PushReply(
-                    exchange.run(steps(request), lambda a: _perform(core, a))
-                )
+                reply = exchange.PushReply(exchange.run(steps(request), lambda a: perform(core, a)))
         # Across the process border errors are data, so that their kind survives.
         except Exception as exc:
             reply = exchange.PushReply(error=exchange.unexpected(exc).to_dict())
@@ -66,7 +65,8 @@ def _busy(core: Any) -> bool:
     )
 
 
-def _perform(core: Any, action: exchange.Action) -> Any:
+def perform(core: Any, action: exchange.Action) -> Any:
+    """One action of `wire/exchange.py`, in the engine core's process."""
     match action:
         case exchange.Call():
             payload = msg.encode_verbs(*action.verbs)
@@ -81,6 +81,7 @@ def _perform(core: Any, action: exchange.Action) -> Any:
         case exchange.ResetCaches():
             return exchange.must_reset(core.reset_prefix_cache(True, True))
         case exchange.SetVersion():
-            return core.set_weight_version(action.version)
+            # The workers know it already.
+            return EngineCore.set_weight_version.__wrapped__(core, action.version)
         case exchange.WatchLease() | exchange.Rest():
             return None  # the API server watches, as soon as it has the session

@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from typing import Any
 
-import msgspec
 import torch
 from vllm.distributed.weight_transfer.base import (
     WeightTransferEngine,
@@ -14,9 +13,10 @@ from vllm.distributed.weight_transfer.base import (
 )
 
 from vllm_wt_plugin._vllm import VllmHost, init_logger
-from vllm_wt_plugin.errors import RequestError
+from vllm_wt_plugin.errors import RequestError, from_dict
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.update import UpdateInfo
 from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.session import WorkerSession
 
@@ -54,39 +54,38 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
         if self.device.type != "cpu":
             torch.accelerator.current_stream(self.device).synchronize()
 
-    def _run(self, *verbs: msg.Verb) -> dict[str, Any]:
-        return self.session.call(msg.encode_verbs(*verbs))
+    def _run(self, *verbs: msg.Verb) -> None:
+        """Raises what this rank says."""
+        reply = self.session.call(msg.encode_verbs(*verbs))
+        if reply["error"]:
+            raise from_dict(reply["error"])
 
-    # vLLM's lifecycle. Each returns the session's reply as data and raises nothing; the engine
-    # core raises once all ranks have answered (`register.py`).
+    # vLLM's interface to an engine, for who drives one worker by hand. vLLM's own calls to all
+    # workers are answered in the engine core, where ranks can agree (`worker/lifecycle.py`).
 
     def parse_init_info(self, init_dict: dict[str, Any]) -> Any:
         return init_dict
 
-    def init_transfer_engine(self, init_info: Any) -> dict[str, Any]:
-        return self._run(msg.Init(init_info))
+    def init_transfer_engine(self, init_info: Any) -> None:
+        self._run(msg.Init(init_info))
 
-    def start_weight_update(self) -> dict[str, Any]:
+    def start_weight_update(self) -> None:
         self._session_id = secrets.token_hex(16)
-        return self._run(msg.Begin(self._session_id, "a vLLM client", msg.LEASE_S, False))
+        self._run(msg.Begin(self._session_id, "a vLLM client", msg.LEASE_S, False))
 
-    def update_weights(self, update_info: dict[str, Any]) -> dict[str, Any]:
+    def update_weights(self, update_info: dict[str, Any]) -> None:
         key = secrets.token_hex(16)
-        try:
-            info = msgspec.convert(update_info, msg.UpdateInfo)
-            verb = msg.Prepare(self._session_id, key, info.registration(key), False)
-        except (msgspec.ValidationError, RequestError) as exc:
-            return self.session.refuse(exc)
-        return self._run(verb, msg.Apply(self._session_id))
+        parts = (msg.convert(update_info, UpdateInfo).registrations(key),)
+        self._run(msg.PreparePart(self._session_id, key, parts), msg.Apply(self._session_id))
 
     def receive_weights(self, update_info: Any) -> None:
         self.update_weights(update_info)
 
-    def finish_weight_update(self) -> dict[str, Any]:
-        return self._run(msg.Commit(self._session_id, None))
+    def finish_weight_update(self) -> None:
+        self._run(msg.Commit(self._session_id, None))
 
-    def shutdown(self) -> dict[str, Any]:
-        return self._run(msg.Abort("", "shutdown"), msg.Shutdown())
+    def shutdown(self) -> None:
+        self._run(msg.Abort("", "shutdown"), msg.Shutdown())
 
 
 def _shadow(vllm_config: Any) -> bool:

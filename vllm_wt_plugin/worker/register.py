@@ -8,23 +8,13 @@ engine is in use.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
 from typing import Any
 
 import msgspec
 
-from vllm_wt_plugin.errors import from_dict
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.bridge import refuse_sleep
 
-# Worker methods of vLLM's own update lifecycle, and the engine's method for each.
-UPSTREAM = {
-    "init_weight_transfer_engine": "init_transfer_engine",
-    "start_weight_update": "start_weight_update",
-    "update_weights": "update_weights",
-    "finish_weight_update": "finish_weight_update",
-    "shutdown_weight_transfer_engine": "shutdown",
-}
 _STATUS = msg.encode_verbs(msg.Status())
 
 
@@ -61,15 +51,14 @@ def _register() -> None:
     _vllm.take_blueprints()
     for cls in _vllm.worker_classes():
         cls.weight_sync = _weight_sync
-        for name, engine_method in UPSTREAM.items():
-            _vllm.wrap(cls, name, _lifecycle(engine_method))
         _vllm.wrap(cls, "sleep", _sleep)
         _vllm.wrap(cls, "wake_up", _wake_up)
         _vllm.wrap(cls, "reload_weights", _reload)
     for core in _vllm.engine_core_classes():
-        _vllm.wrap(core, "collective_rpc", _raise_failures)
+        _vllm.wrap(core, "collective_rpc", _lifecycle)
         _vllm.wrap(core, "resume_scheduler", _refuse_dirty)
         _vllm.wrap(core, "sleep", _refuse_attached)
+        _vllm.wrap(core, "set_weight_version", _name)
         core.weight_push = in_core.weight_push
         core.weight_patch = in_core.weight_patch
         core.weight_start = in_core.weight_start
@@ -103,41 +92,37 @@ def _weight_sync(self: Any, *args: object, **kwargs: object) -> dict[str, Any]:
     return reply
 
 
-def _lifecycle(engine_method: str) -> Callable[[Any], Any]:
-    def make(original: Any) -> Any:
-        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            engine = _engine(self)
-            if engine is None:
-                return original(self, *args, **kwargs)
-            engine.after_commit = self.model_runner.reset_lora_state
-            try:
-                if "update_info" in kwargs:
-                    args = (kwargs.pop("update_info"),)
-                if engine_method == "update_weights" and isinstance(args[0], list):
-                    args = (args[0][engine.session.rank],)  # one per worker, by global rank
-                reply = getattr(engine, engine_method)(*args, **kwargs)
-            except (TypeError, LookupError) as exc:  # arguments that do not fit
-                reply = engine.session.refuse(exc)
-            self._weight_update_active = engine.session.open is not None
-            return reply
-
-        return method
-
-    return make
+def _ours(core: Any) -> bool:
+    config = core.vllm_config.weight_transfer_config
+    return config is not None and config.backend == "ipc"
 
 
-def _raise_failures(original: Any) -> Any:
-    """vLLM's own lifecycle calls, once every rank has answered: raise what one of them said."""
+def _lifecycle(original: Any) -> Any:
+    """vLLM's own lifecycle calls by name, where the engine is ours (`worker/lifecycle.py`)."""
 
-    def collective_rpc(self: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
-        results = original(self, method, *args, **kwargs)
-        if method in UPSTREAM:
-            for r in results:
-                if isinstance(r, dict) and r.get("error"):
-                    raise RuntimeError(str(from_dict(r["error"])))
-        return results
+    def collective_rpc(
+        self: Any, method: Any, timeout: Any = None, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        from vllm_wt_plugin.worker import lifecycle
+
+        if method not in lifecycle.CALLS or not _ours(self):
+            return original(self, method, timeout, args, kwargs)
+        lifecycle.call(self, method, tuple(args), kwargs)
+        return [None] * self.vllm_config.parallel_config.world_size
 
     return collective_rpc
+
+
+def _name(original: Any) -> Any:
+    """The version that vLLM's own API gives is the workers' too."""
+
+    def set_weight_version(self: Any, version: str) -> None:
+        original(self, version)
+        if _ours(self):
+            payload = msg.encode_verbs(msg.SetVersion(version))
+            self.model_executor.collective_rpc("weight_sync", args=(payload,))
+
+    return set_weight_version
 
 
 def _refuse_dirty(original: Any) -> Any:

@@ -19,7 +19,6 @@ import torch
 from vllm_wt_plugin.errors import (
     EngineAsleep,
     NoUpdate,
-    RequestError,
     TransferError,
     UpdateInProgress,
     WeightSyncError,
@@ -86,11 +85,6 @@ class WorkerSession:
             out.error = TransferError(f"{type(exc).__name__}: {exc}").to_dict()
         return self._answer(out)
 
-    def refuse(self, exc: Exception) -> dict[str, Any]:
-        """The reply to a call that failed before it became verbs."""
-        known = exc if isinstance(exc, WeightSyncError) else RequestError(str(exc))
-        return self._answer(Draft(known.to_dict(), mine=True))
-
     def _answer(self, out: Draft) -> dict[str, Any]:
         if out.error is not None:
             out.error["where"] = " ".join(filter(None, [out.error["where"], f"rank {self.rank}"]))
@@ -116,7 +110,7 @@ class WorkerSession:
                 out.info["joining"] = not self.link.joined()
             case msg.Begin():
                 self.begin(verb)
-            case msg.Prepare():
+            case msg.Prepare() | msg.PreparePart():
                 self.prepare(verb, out)
             case msg.PreparePatches():
                 self.prepare_patches(verb, out)
@@ -175,8 +169,11 @@ class WorkerSession:
         self._no_update("another group")
         self.link.join(msg.convert(info, NcclInit))
 
-    def prepare(self, verb: msg.Prepare, out: Draft) -> None:
+    def prepare(self, verb: msg.Prepare | msg.PreparePart, out: Draft) -> None:
         open_ = self._mine(verb.session, out)
+        if isinstance(verb, msg.PreparePart):
+            own = verb.own(self.rank, self.known.importer.gpu)
+            verb = msg.Prepare(verb.session, verb.registration, own, False)
         held, new = self.known.registered(verb, out.timed)
         if new:
             out.report = held.plan.report

@@ -1,0 +1,145 @@
+"""Code written for vLLM's own weight transfer, unchanged, against this plugin.
+
+On a CPU that is everything but the CUDA handles: vLLM's HTTP client class, the methods of an `LLM`,
+refusals. vLLM's IPC trainer class asks CUDA for its device in its constructor, so it cannot be made
+here; `tests/gpu/test_dropin.py` runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from tests.support import fleet
+from tests.support.fleet import TOKEN, push
+from tests.support.offline import Offline, differences
+from tests.support.server import Server
+from tests.support.trainer import trainer
+
+pytestmark = pytest.mark.server
+PICKLED = {"update_info": {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[1]],
+                           "ipc_handles_pickled": "gARdlC4="}}  # fmt: skip
+
+
+@pytest.fixture
+def server(serve: Callable[..., Server], checkpoint: Callable[..., Path]) -> Server:
+    return fleet.plain(serve, checkpoint)
+
+
+@pytest.fixture
+def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How a client without headers gets to send a token."""
+    path = tmp_path / "netrc"
+    path.write_text(f"machine 127.0.0.1 login wt password {TOKEN}\n")
+    path.chmod(0o600)
+    monkeypatch.setenv("NETRC", str(path))
+
+
+def client(server: Server) -> Any:
+    from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+
+    return HTTPVLLMWeightSyncClient(server.url, timeout=60)
+
+
+def update(vllm: Any, seed: int, version: str, *, each_rank: bool = False) -> None:
+    """A whole update in two parts, as a trainer class drives its client."""
+    vllm.init_weight_transfer_engine({"packed": False})
+    vllm.start_weight_update()
+    names = trainer(seed).names
+    for half in (names[:11], names[11:]):
+        info = trainer(seed).part(half)["update_info"]
+        vllm.update_weights([info] if each_rank else info)
+    vllm.finish_weight_update(version)
+
+
+def test_vllms_http_client_on_loopback(server: Server) -> None:
+    vllm = client(server)
+    push(server, 3, "pushed")
+    want = server.generations()
+    push(server, 1, "old")
+    for each_rank in (False, True):
+        update(vllm, 3, "v3", each_rank=each_rank)
+        fleet.until(lambda: not fleet.paused(server), 5)
+        assert server.generations() == want
+        assert server.http.get("/weight_info").json() == {"weight_version": "v3"}
+        update(vllm, 1, "back")
+        fleet.assert_serves(server, 1, "back")
+    vllm.shutdown_weight_transfer_engine()
+    assert server.status()["registrations"] == []
+
+
+def test_its_pickles_need_a_token(server: Server) -> None:
+    with fleet.serving_on(server, 1):
+        client(server).start_weight_update()
+        with pytest.raises(requests.HTTPError, match="403"):
+            client(server).update_weights(PICKLED["update_info"])
+        response = server.http.post("/update_weights", json=PICKLED)
+        fleet.refused(response, 403, "AccessDenied", "pickled handles need a token", ".netrc")
+        server.http.post("/abort_weight_update", json={})
+
+
+@pytest.mark.usefixtures("netrc")
+def test_a_token_from_netrc(serve: Callable[..., Server], checkpoint: Callable[..., Path]) -> None:
+    """Its pickles then come as far as a worker without a GPU can take them."""
+    guarded = fleet.guarded(serve, checkpoint)
+    update(client(guarded), 2, "with a token")
+    fleet.assert_serves(guarded, 2, "with a token")
+    client(guarded).start_weight_update()
+    with pytest.raises(requests.HTTPError, match="400"):
+        client(guarded).update_weights(PICKLED["update_info"])
+    response = guarded.http.post("/update_weights", json=PICKLED)
+    fleet.refused(response, 400, "RequestError", "refusing `ipc_handles_pickled` without")
+    guarded.http.post("/abort_weight_update", json={})
+    fleet.assert_serves(guarded, 2, "with a token")
+
+
+def test_refusals(server: Server) -> None:
+    with fleet.serving_on(server, 1):
+        response = server.http.post("/start_draft_weight_update")
+        fleet.refused(response, 501, "UnsupportedVLLM", "draft model", "upstream_ipc")
+        server.http.post("/start_weight_update").raise_for_status()
+        two = [trainer(3).part()["update_info"]] * 2
+        response = server.http.post("/update_weights", json={"update_info": two})
+        fleet.refused(response, 400, "RequestError", "a list of 2, there are 1 workers")
+        server.http.post("/abort_weight_update", json={})
+
+
+def test_weight_checker_in_dev_mode(
+    serve: Callable[..., Server], checkpoint: Callable[..., Path]
+) -> None:
+    """vLLM's own route, over what we have written."""
+    guarded = fleet.guarded(serve, checkpoint)
+
+    def checked(**body: Any) -> dict[str, Any]:
+        response = guarded.http.post("/weight_checker", json=body)
+        assert response.status_code == 200, response.text
+        data: dict[str, Any] = response.json()
+        return data
+
+    sums = {}
+    for seed in (3, 2):
+        push(guarded, seed, "pushed")
+        sums[seed] = checked(action="checksum")["checksums"]
+    assert checked(action="compare", baseline=sums[2]) == {"match": True, "mismatches": []}
+    assert not checked(action="compare", baseline=sums[3])["match"]
+
+
+def test_the_methods_of_an_llm(
+    offline: Callable[..., Offline], checkpoint: Callable[..., Path]
+) -> None:
+    """`LLM.init_weight_transfer_engine`, `start_weight_update`, … with its workers elsewhere."""
+    a, b = (checkpoint("llama_bias", seed) for seed in (21, 22))
+    live, reference = offline("live", in_process=False), offline("reference")
+    said = live.lifecycle(a, b)
+    assert differences(said["before"], reference.fresh(a)) == []
+    assert differences(said["after"], reference.fresh(b)) == []
+    assert said["version"] == said["workers"] == "v2"
+    assert "draft model" in said["draft"]
+    assert "no update is open" in said["too early"]
+    assert "names" in said["nonsense"]
+    assert said["after nonsense"] == "IDLE"
+    assert differences(said["still"], reference.fresh(a)) == []
