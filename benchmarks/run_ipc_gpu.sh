@@ -2,7 +2,7 @@
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
 #   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small several-ipc
-#          several-nccl bridge-8b bridge-own
+#          several-nccl bridge-8b bridge-own dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -45,6 +45,7 @@ for name in "$@"; do
     several-nccl) step several-nccl 400 "$rows" \
       python3 -m benchmarks.several_gpus --only nccl --out "$out/b" ;;
     bridge-8b) step bridge-8b 200 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
+    dropin) step dropin 400 "passed|failed|^E " $py tests/gpu/test_dropin.py ;;
     bridge-own) step bridge-own 120 "$rows" \
       python3 -m benchmarks.bridge_gpu --shape tiny --own-segments --out "$out/b" ;;
   esac
