@@ -8,15 +8,17 @@ A tiny byte-level Qwen3, random at first, learns to write vowels when asked for 
 when asked for digits. The update is GRPO's (advantages relative to the group of one prompt's
 samples) in fp32; the server samples from the same weights in bf16. Every step prints a row:
 
-    step  vowels digits     gap   stale  pushed MB     ms  serves  what the server wrote
-       1   0.018  0.038  0.0012  0.2709       1.45   31.0       1  ·|y····S·+o··  ·····@p··xPb·n
+    step  vowels digits     gap   stale changed pushed MB     ms  serves  what the server wrote
+       1   0.018  0.038  0.0012  0.2709             1.45   31.0       1  ·|y····S·+o··  ·····@p··xPb
       ...
-      30   0.999  1.000  0.0065  0.0307       1.45   11.9      30  oaoaoooaaoaoa  90000030000000
+      30   0.999  1.000  0.0065  0.0307             1.45   11.9      30  oaoaoooaaoaoa  900000300000
     ok: vowels 0.03 -> 1.00, digits 0.06 -> 1.00; server and trainer at most 0.009 nats per …
 
 and `out/rl_loop.png` shows the curves. `gap` is the mean distance, in nats per sampled token,
 between the server's log-probs and the trainer's own: bf16's rounding, as long as the server
-computes with the weights pushed last. One version behind, it would be `stale`.
+computes with the weights pushed last. One version behind, it would be `stale`. The last rows train
+at the rate of a large model's RL, where few bf16 weights change from step to step: only those are
+sent, and `changed` says how many they were.
 Exit code 1 and the reason if a reward did not rise clearly, if the gap comes near `stale`, or if
 the server reports another version than the one just pushed. About a minute.
 """
@@ -58,6 +60,7 @@ SAMPLES = 64  # per prompt and rollout: one group
 TOKENS = 24  # per sample
 UPDATES = 2  # optimizer steps per rollout
 LEARNING_RATE = 2e-3
+FINE, FINE_RATE = 5, 1e-6  # the last steps are this many, at this rate: pushed sparse
 CLIP = 0.2  # PPO's, on the probability ratio to the server's own log-probs
 EDGE = 5  # rollouts averaged at either end for the check
 RISE = 0.5  # the least rise of each task's mean reward between them; reached: 0.9
@@ -99,6 +102,7 @@ class Step:
     stale: float = float("nan")
     pushed_mb: float = float("nan")
     push_ms: float = float("nan")
+    changed: float | None = None  # the share of elements that a sparse push found changed
 
 
 def build_model(seed: int) -> Qwen3ForCausalLM:
@@ -141,6 +145,7 @@ def served(model: Path, log: Path, *args: str) -> Iterator[str]:
     ]  # fmt: skip
     env = os.environ | {"VLLM_PLUGINS": "wt", "VLLM_NO_USAGE_STATS": "1"}
     env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    env.setdefault("WT_CPU_INPLACE", "1")  # as on a GPU: what is served lies as it was loaded
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=log.parent,
@@ -257,19 +262,23 @@ def logprob_gap(model: Qwen3ForCausalLM, groups: list[Group]) -> float:
 
 
 def train(model: Qwen3ForCausalLM, url: str, steps: int) -> list[Step]:
-    """Roll out, update, push, `steps` times; one more rollout judges the last push."""
+    """Roll out, update, push, `steps` times and FINE more; another rollout judges the last push."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     done: list[Step] = []
     version = ""
     with httpx.Client(base_url=url, timeout=120, trust_env=False) as http, WeightSync(url) as sync:
         print(HEADER)
-        for step in range(1, steps + 1):
+        for step in range(1, steps + FINE + 1):
+            fine = step > steps
+            optimizer.param_groups[0]["lr"] = FINE_RATE if fine else LEARNING_RATE
             groups = rollout(http)
             gap = logprob_gap(model, groups)
             update(model, optimizer, groups)
             stale = logprob_gap(model, groups)
-            report = sync.push(model, version=step)
-            done.append(Step(groups, gap, stale, report.bytes / 1e6, report.seconds["total"] * 1e3))
+            # "auto" would choose by what either way took; here the sparse one is to be seen.
+            report = sync.push(model, version=step, mode="sparse" if fine else "auto")
+            took = report.seconds["total"] * 1e3
+            done.append(Step(groups, gap, stale, report.bytes / 1e6, took, report.changed))
             version = http.get("/weight_info").json()["weight_version"]
             print(f"{step:>4}  {row(done[-1], version)}", flush=True)
             if version != str(step):
@@ -280,14 +289,17 @@ def train(model: Qwen3ForCausalLM, url: str, steps: int) -> list[Step]:
     return done
 
 
-HEADER = "step  vowels digits     gap   stale  pushed MB     ms  serves  what the server wrote"
+HEADER = (
+    "step  vowels digits     gap   stale changed pushed MB     ms  serves  what the server wrote"
+)
 
 
 def row(s: Step, version: str) -> str:
     rewards = " ".join(f"{g.reward:6.3f}" for g in s.groups)
-    pushed = " " * 25
+    pushed = " " * 32
     if s.push_ms == s.push_ms:  # not the last row
-        pushed = f"{s.stale:7.4f} {s.pushed_mb:10.2f} {s.push_ms:6.1f}"
+        changed = "" if s.changed is None else f"{s.changed:.2%}"
+        pushed = f"{s.stale:7.4f} {changed:>7} {s.pushed_mb:9.3f} {s.push_ms:6.1f}"
     texts = "  ".join("".join(c if " " < c <= "~" else "·" for c in g.text) for g in s.groups)
     return f"{rewards} {s.gap:7.4f} {pushed} {version:>7}  {texts}"
 
@@ -315,6 +327,16 @@ def check(steps: list[Step]) -> str:
         f"{', '.join(rises)}; server and trainer at most {widest:.3f} nats per token apart "
         f"({stale:.2f} if it were one version behind)"
     )
+
+
+def saved(steps: list[Step]) -> str:
+    """What sending only what changed was good for in the last steps, or DemoFailed."""
+    sparse = steps[-FINE - 1 : -1]
+    sent, dense = sum(s.pushed_mb for s in sparse), FINE * steps[0].pushed_mb
+    if any(s.changed is None for s in sparse) or sent > dense / 2:
+        raise DemoFailed(f"sparse pushes saved little: {sent:.2f} of {dense:.2f} MB were sent")
+    changed = statistics.fmean(s.changed or 0.0 for s in sparse)
+    return f"{changed:.1%} changed at the small rate: {1 - sent / dense:.0%} of the bytes saved"
 
 
 def plot(steps: list[Step], path: Path) -> None:
@@ -368,7 +390,7 @@ def run(steps: int, seed: int, out: Path) -> str:
         with served(Path(folder), log) as url:
             done = train(model, url, steps)
     plot(done, png)
-    return f"{check(done)}; wrote {png}"
+    return f"{check(done)}; {saved(done)}; wrote {png}"
 
 
 def main(demo: Callable[[int, int, Path], str] = run) -> int:

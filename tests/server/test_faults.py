@@ -2,6 +2,7 @@
 
 killed before the first byte, or after commit    serves on, within the lease
 killed in the middle                             DIRTY: 503 with the reason, heals by a push
+killed amid patches                              the old bits again, within the lease
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -20,8 +22,9 @@ from tests.support import fleet
 from tests.support.fleet import assert_serves, paused, push, refused, until
 from tests.support.server import Server
 from tests.support.trainer import BUFFER, Json, TrainerProcess, trainer, weights
-from vllm_wt_plugin import UpdateInProgress, WeightSync
+from vllm_wt_plugin import UpdateInProgress, VersionMismatch, WeightSync
 from vllm_wt_plugin.errors import ServerUnreachable
+from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.transport import shm
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.wire.params import ParamSpec
@@ -128,6 +131,66 @@ def _complete(server: Server) -> httpx.Response:
     """On a connection of its own, for use beside `server.http`."""
     body = {"model": "m", "prompt": [9, 8, 7], "max_tokens": 8, "temperature": 0}
     return httpx.post(server.url + "/v1/completions", json=body, timeout=30, trust_env=False)
+
+
+def test_killed_amid_patches(server: Server) -> None:
+    """Patches are taken back exactly; nobody is DIRTY, nobody has to resume."""
+    norms = [n for n in NAMES if n.endswith("layernorm.weight")]
+    post(server, "/start_weight_update", {"owner": "me"})
+    post(server, "/update_weights", trainer(1).patch(*norms))
+    post(server, "/finish_weight_update", {"weight_version": "patched"})
+    assert server.status()["version"] == "patched"
+    assert server.generations() != fleet.fresh(1)
+    push(server, 1, "old")
+    with TrainerProcess(server.url, 1, f"start:{LEASE_S}", f"patch:{':'.join(norms)}") as victim:
+        assert server.status()["state"] == "UPDATING"
+        victim.kill()
+    assert until(lambda: server.status()["state"] == "IDLE", LEASE_S + SLACK_S)
+    assert until(lambda: not paused(server), SLACK_S)
+    assert_serves(server, 1, "old")
+
+
+def test_patches_that_go_wrong_are_healed_by_a_dense_push(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Corrupted on the way, repeated, or for weights that somebody else has replaced."""
+    tensors = {n: t.clone() for n, t in weights(1).items()}
+    norms = [t for n, t in tensors.items() if n.endswith("layernorm.weight")]
+    load = PatchSender.load
+
+    def corrupt(self: PatchSender, *args: Any) -> None:
+        load(self, *args)
+        assert self.buffer is not None
+        self.buffer[self.buffer.numel() * 3 // 5] ^= 4  # among the values: a third is spare room
+        self.exporter.refresh()
+
+    with WeightSync(server.url) as sync:
+        sync.push(tensors, "1", mode="auto")
+        for t in norms:
+            t[::2] += 1
+        sent = sync.push(tensors, "2", mode="sparse")
+        assert sent.bytes < sum(t.nbytes for t in norms) * 3
+        assert server.generations() != fleet.fresh(1)
+        sender = sync._tracker._sender
+        assert sender is not None
+        with pytest.raises(VersionMismatch, match="start from version '1'"):
+            sender.send(sync._clients[0])  # the same once more
+        assert server.status()["version"] == "2"
+
+        for n, t in tensors.items():
+            t.copy_(weights(1)[n])
+        with monkeypatch.context() as m:
+            m.setattr(PatchSender, "load", corrupt)
+            healed = sync.push(tensors, "3", mode="sparse")
+        assert healed.bytes >= sum(t.nbytes for t in tensors.values())
+        assert_serves(server, 1, "3")
+
+        push(server, 1, "somebody else's")
+        norms[0][0] += 1
+        assert sync.push(tensors, "4", mode="sparse").bytes >= healed.bytes
+        assert sync.push(tensors, "5", mode="sparse").bytes < 1000
+        assert sync.verify().ok
+        assert server.status()["version"] == "5"
 
 
 def test_killed_after_commit(server: Server, twin: Server) -> None:

@@ -18,9 +18,10 @@ import msgspec
 import torch
 
 from tests.support import models
-from vllm_wt_plugin import WeightSync
+from vllm_wt_plugin import SparseWeightPatch, WeightSync
 from vllm_wt_plugin.trainer.source import MappingSource
 from vllm_wt_plugin.transport.ipc import Exporter
+from vllm_wt_plugin.transport.patches import share
 
 ROOT = Path(__file__).parents[2]
 BUFFER = 40_000  # bytes of a packed push's buffer: a few tensors each
@@ -50,7 +51,7 @@ class Trainer:
         self.exporter = Exporter()
         self.registration, _ = self.exporter.register(tensors.items())
         self.exporter.refresh()
-        self.names = list(tensors)
+        self.names, self.tensors = list(tensors), tensors
 
     def push(self, version: str = "by hand") -> Json:
         """A body for /push_weights, with the whole registration under an id of its own."""
@@ -73,6 +74,19 @@ class Trainer:
             }
         }
 
+    def patch(self, *names: str, by: float = 1.0) -> Json:
+        """A body for /update_weights that adds to every second element of these tensors."""
+        rows = [(n, self.tensors[n]) for n in names]
+        given = [
+            SparseWeightPatch(
+                n, torch.arange(0, t.numel(), 2), t.reshape(-1)[::2] + by, tuple(t.shape)
+            )
+            for n, t in rows
+        ]
+        self.patches = Exporter()
+        info: Json = json.loads(msgspec.json.encode(share(given, self.patches)))
+        return {"update_info": info}
+
     def close(self) -> None:
         self.exporter.close()
 
@@ -94,8 +108,9 @@ def trainer(seed: int) -> Trainer:
 class TrainerProcess:
     """A trainer in a process of its own: does `steps` against a server, then waits to be killed.
 
-    Steps: `start:LEASE_S`, `part:FROM:TO` (a slice of the names), `finish:VERSION`; or
-    `packed:N` or `nccl:N` alone, a push through buffers that stops before the N-th tensor.
+    Steps: `start:LEASE_S`, `part:FROM:TO` (a slice of the names), `patch:NAME…`,
+    `finish:VERSION`; or `packed:N` or `nccl:N` alone, a push through buffers that stops before
+    the N-th tensor.
     """
 
     def __init__(self, url: str, seed: int, *steps: str) -> None:
@@ -170,6 +185,8 @@ def _request(held: Trainer, verb: str, *args: str) -> tuple[str, Json]:
             return "/start_weight_update", body
         case "part":
             return "/update_weights", held.part(held.names[int(args[0]) : int(args[1])])
+        case "patch":
+            return "/update_weights", held.patch(*args)
         case "finish":
             return "/finish_weight_update", {"weight_version": args[0]}
     raise KeyError(verb)
