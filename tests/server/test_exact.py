@@ -126,6 +126,29 @@ def test_one_module_trained_on(live: Live) -> None:
             assert differences(live.ask(), live.fresh(seed)) == [], f"seed {seed}"
 
 
+def test_changes_alone(live: Live) -> None:
+    """Sparse pushes: many changes, then few, over all ranks; what takes no patches goes whole."""
+    module = live.model(A)
+    with WeightSync(live.server.url) as sync:
+        sync.push(module, mode="auto")
+        for seed, share in ((B, 1.0), (B, 0.01), (A, 1.0)):
+            g = torch.Generator().manual_seed(3)
+            with torch.no_grad():
+                for mine, new in zip(
+                    module.parameters(), live.model(seed).parameters(), strict=True
+                ):
+                    there = torch.rand(mine.shape, generator=g) < share
+                    mine.copy_(torch.where(there, new if share == 1.0 else -mine, mine))
+            report = sync.push(module, mode="sparse")
+            assert report.changed is not None
+            assert sync.verify().ok
+            if share == 1.0:
+                assert differences(live.ask(), live.fresh(seed)) == [], f"seed {seed}"
+            else:
+                assert report.changed < 0.02
+                assert live.ask() != live.fresh(seed)
+
+
 def test_checkpoint_folders(live: Live) -> None:
     with WeightSync(live.server.url) as sync:
         for seed in (C, B, A):
