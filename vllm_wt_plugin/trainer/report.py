@@ -34,7 +34,8 @@ class VerifyReport:
 
 @dataclass(frozen=True, kw_only=True)
 class PushReport:
-    """One push to all replicas. `seconds`: `export`, `stage`, `request`, and `total`."""
+    """One push to all replicas. `seconds`: `list`, then `export` and `stage` or `diff` and `pack`,
+    `request`, and `total`."""
 
     version: str
     tensors: int
