@@ -28,7 +28,7 @@ new_enough() {
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --quiet --editable '.[cpu,test,cli]' "$@" >>"$LOG" 2>&1
+    "$VENV/bin/python" -m pip install --quiet --editable '.[cpu,test,cli,ray]' "$@" >>"$LOG" 2>&1
 }
 
 current=$(echo "$PWD" | cat - pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
@@ -49,7 +49,7 @@ if ! new_enough "$VENV/bin/python" || ! "$VENV/bin/python" -c 'import pip' 2>/de
     "$python" -m venv --clear "$VENV" # there is none, or only part of one
 fi
 : >"$LOG"
-say "installing .[cpu,test,cli] for $("$VENV/bin/python" --version), some minutes (log: .venv/setup.log)"
+say "installing .[cpu,test,cli,ray] for $("$VENV/bin/python" --version), some minutes (log: .venv/setup.log)"
 if ! pip_install && ! pip_install --extra-index-url "$TORCH_INDEX" --retries 2; then
     show_log
     fail "pip failed; the whole log is .venv/setup.log"

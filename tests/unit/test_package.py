@@ -32,9 +32,11 @@ MAY_IMPORT = {
     "sparse/kernels.py": {".sparse", "torch", "triton"},
     "sparse/*": {".errors", ".wire", ".sparse", "torch"},
     "transport/*": {".errors", ".wire", ".transport", "torch"},
+    "trainer/actors.py": {".errors", ".wire", "msgspec", "ray"},
     "trainer/*": {
         ".errors", ".wire", ".sparse", ".transport", ".trainer", "torch", "httpcore", "msgspec",
     },
+    "actor.py": {".errors", ".wire", ".trainer.client", ".server", "msgspec"},
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},
     "bridge/*": {".errors", ".wire", ".transport", ".trainer", ".bridge", "torch", "msgspec"},
     "compat/*": {

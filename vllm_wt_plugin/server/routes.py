@@ -99,7 +99,7 @@ async def abort_weight_update(request: Request, control: EngineControl) -> dict[
     """End the open update, whatever its phase."""
     body = msg.decode(_abort, await request.body() or b"{}")
     await control.run(exchange.abort(body))
-    return {"message": "Weight update aborted", **await _status(control)}
+    return {"message": "Weight update aborted", **await status_of(control)}
 
 
 async def init_weight_transfer_engine(request: Request, control: EngineControl) -> dict[str, Any]:
@@ -168,10 +168,10 @@ async def update_weight_version(request: Request, control: EngineControl) -> dic
 
 
 async def weight_transfer_status(request: Request, control: EngineControl) -> dict[str, Any]:
-    return await _status(control)
+    return await status_of(control)
 
 
-async def _status(control: EngineControl) -> dict[str, Any]:
+async def status_of(control: EngineControl) -> dict[str, Any]:
     replies = await control.call(msg.Status(memory=True))
     exchange.agree(replies)
     phases: list[str] = [r.state.phase for r in replies]

@@ -16,6 +16,7 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
     from_dict,
 )
+from vllm_wt_plugin.trainer.actors import ActorClient, is_actor
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.exchange import Held, Outcome
@@ -295,12 +296,14 @@ class LLMClient:
 
 
 def client_for(target: Any, *, token: str | None, timeout_s: float) -> Client:
-    """A client for a URL or for anything with `collective_rpc` (an LLM)."""
+    """A client for a URL, a Ray actor, or anything with `collective_rpc` (an LLM)."""
     if isinstance(target, str):
         return HTTPClient(target, token=token, timeout_s=timeout_s)
+    if is_actor(target):
+        return ActorClient(target, timeout_s=timeout_s)
     if hasattr(target, "collective_rpc") and hasattr(target, "llm_engine"):
         return LLMClient(target)
     raise RequestError(
         f"cannot reach {type(target).__name__}",
-        next_step="give a server's URL, a list of URLs, or a vllm.LLM",
+        next_step="give a server's URL, a vllm.LLM, a Ray actor that holds one, or a list of them",
     )
