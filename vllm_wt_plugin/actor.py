@@ -19,9 +19,10 @@ from vllm_wt_plugin.server.routes import status_of
 from vllm_wt_plugin.trainer.client import LLMClient
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.exchange import Held, Outcome
+from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.replies import Held, held
 
 # What may be asked, and the arguments that it takes.
 ASKED: dict[str, Any] = {
@@ -126,7 +127,7 @@ class AsyncEngine:
         return await self._control.push(request)
 
     async def checksums(self, specs: tuple[ParamSpec, ...]) -> Held:
-        return exchange.held(await self._control.call(msg.Sums(specs=specs)), specs)
+        return held(await self._control.call(msg.Sums(specs=specs)), specs)
 
     async def join(self, info: dict[str, Any]) -> None:
         await self._control.run(broadcast.join(info))

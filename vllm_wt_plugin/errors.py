@@ -29,6 +29,7 @@ class WeightSyncError(Exception):
     """Base. `what` went wrong, `where` (parameter, rank, version), `next_step` to take."""
 
     status: ClassVar[int] = 500
+    rolled_back: bool = False  # server side: the update had begun to write, and was undone
     report: Any = None  # trainer side: the PushReport of a push that failed
 
     def __init__(self, what: str, *, where: str = "", next_step: str = "") -> None:

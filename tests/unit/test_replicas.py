@@ -28,6 +28,7 @@ from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.replies import Held, held
 
 
 class Replica:
@@ -59,9 +60,9 @@ class Replica:
         if not self.up:
             raise ServerUnreachable("connection refused", where=self.name)
 
-    def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> exchange.Held:
+    def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
         self._reach()
-        return exchange.held([self.worker.call(msg.Sums(specs=specs))], specs)
+        return held([self.worker.call(msg.Sums(specs=specs))], specs)
 
     def status(self) -> dict[str, Any]:
         return {}

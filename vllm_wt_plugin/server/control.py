@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -17,9 +17,11 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
     from_dict,
 )
+from vllm_wt_plugin.server.metrics import metrics
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.replies import worst
 
 logger = logging.getLogger("vllm.wt.server")
 
@@ -29,6 +31,7 @@ class EngineControl:
 
     def __init__(self, engine: Any) -> None:
         self.engine = engine  # vLLM's EngineClient (AsyncLLM)
+        self.metrics = metrics()
         self.dirty = ""  # why requests are refused; as of the last reply
         self._in_place = ""  # session of the update in place that was opened last
         self._tasks: set[asyncio.Task[Any]] = set()
@@ -36,7 +39,26 @@ class EngineControl:
 
     async def run(self, steps: exchange.Steps) -> exchange.Outcome:
         """Perform `steps` to their end even if the HTTP client goes away meanwhile."""
-        return await asyncio.shield(self._spawn(self._in_turn(steps)))
+        return await self._recorded(self._in_turn(steps))
+
+    async def _recorded(self, call: Coroutine[Any, Any, exchange.Outcome]) -> exchange.Outcome:
+        return await asyncio.shield(self._spawn(self._record(call)))
+
+    async def _record(self, call: Coroutine[Any, Any, exchange.Outcome]) -> exchange.Outcome:
+        start = time.perf_counter()
+        try:
+            outcome = await call
+        except Exception as exc:
+            error = exchange.unexpected(exc)
+            self.metrics.failed(type(error).__name__, rolled_back=error.rolled_back)
+            raise
+        self.metrics.committed(outcome, time.perf_counter() - start)
+        return outcome
+
+    async def abort(self, body: msg.AbortBody) -> None:
+        """End the named update, or whatever is open."""
+        if (await self.run(exchange.abort(body))).session:
+            self.metrics.aborts.labels("request").inc()
 
     async def _in_turn(self, steps: exchange.Steps) -> exchange.Outcome:
         async with self._turn:
@@ -65,7 +87,7 @@ class EngineControl:
         self, session: str, gone: Callable[[], Awaitable[bool]], period_s: float = 0.5
     ) -> exchange.Outcome:
         """Take a broadcast; ended when the trainer who waits for it is `gone`."""
-        task = self._spawn(self._in_turn(broadcast.receive(session)))
+        task = self._spawn(self._record(self._in_turn(broadcast.receive(session))))
         while not (await asyncio.wait({task}, timeout=period_s))[0]:
             if await gone():
                 reason = "the trainer has gone away"
@@ -73,7 +95,7 @@ class EngineControl:
         return await asyncio.shield(task)
 
     async def _at_once(self, name: str, request: object, steps: exchange.Steps) -> exchange.Outcome:
-        return await asyncio.shield(self._spawn(self._at_once_in_turn(name, request, steps)))
+        return await self._recorded(self._at_once_in_turn(name, request, steps))
 
     async def _at_once_in_turn(
         self, name: str, request: object, steps: exchange.Steps
@@ -89,7 +111,9 @@ class EngineControl:
                 return await self._drive(steps)
             if reply.outcome is None:
                 self._note(await self.call(msg.Status()))
-                raise from_dict(reply.error or {})
+                error = from_dict(reply.error or {})
+                error.rolled_back = reply.rolled_back
+                raise error
             if reply.outcome.session:
                 self._spawn(self._watch_session(reply.outcome.session))
             else:
@@ -169,6 +193,7 @@ class EngineControl:
         elif self.dirty and not dirty:
             logger.info("the weights are whole again")
         self.dirty = dirty
+        self.metrics.saw(worst(replies))
 
     async def _reset_caches(self) -> None:
         core = self.engine.engine_core
@@ -194,6 +219,7 @@ class EngineControl:
         # Whoever aborts an update resumes the engine; when its lease ends, that is nobody.
         if not any(r.info["ended"] == [begun.session, "lease"] for r in replies):
             return
+        self.metrics.aborts.labels("lease").inc()
         logger.warning("the lease of an update of %s ended", begun.owner or "an unnamed trainer")
         async with self._turn:
             states = [r.state for r in await self.call(msg.Status())]

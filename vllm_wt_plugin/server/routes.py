@@ -28,6 +28,7 @@ from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.replies import Held, held, worst
 
 logger = logging.getLogger("vllm.wt.server")
 Handler = Callable[[Request, EngineControl], Awaitable[dict[str, Any]]]
@@ -62,7 +63,7 @@ async def push_patches(request: Request, control: EngineControl) -> dict[str, An
 async def weight_checksums(request: Request, control: EngineControl) -> dict[str, Any]:
     """Checksums of what each rank holds, by name and part; reads every weight."""
     body = msg.decode(_names, await request.body() or b"{}")
-    return _told(exchange.held(await control.call(msg.Sums(body.names, body.specs)), body.specs))
+    return _told(held(await control.call(msg.Sums(body.names, body.specs)), body.specs))
 
 
 async def start_weight_update(request: Request, control: EngineControl) -> dict[str, Any]:
@@ -98,7 +99,7 @@ async def finish_weight_update(request: Request, control: EngineControl) -> dict
 async def abort_weight_update(request: Request, control: EngineControl) -> dict[str, Any]:
     """End the open update, whatever its phase."""
     body = msg.decode(_abort, await request.body() or b"{}")
-    await control.run(exchange.abort(body))
+    await control.abort(body)
     return {"message": "Weight update aborted", **await status_of(control)}
 
 
@@ -174,26 +175,25 @@ async def weight_transfer_status(request: Request, control: EngineControl) -> di
 async def status_of(control: EngineControl) -> dict[str, Any]:
     replies = await control.call(msg.Status(memory=True))
     exchange.agree(replies)
-    phases: list[str] = [r.state.phase for r in replies]
-    worst = next((p for p in ("DIRTY", "UPDATING") if p in phases), "IDLE")
-    state = replies[phases.index(worst)].state
+    state, last = worst(replies), control.metrics.last
     config = control.engine.vllm_config
     return {
         "protocol": msg.PROTOCOL,
         "backend": config.weight_transfer_config.backend,
         "world_size": config.parallel_config.world_size_across_dp,
         "device": config.device_config.device_type,
-        "state": worst,
+        "state": state.phase,
         **{
             k: getattr(state, k)
             for k in ("version", "reason", "owner", "since", "lease_left_s", "asleep")
         },
         "registrations": replies[0].info["registrations"],
         "memory": [r.info["memory"] for r in replies],
+        "last_push": last if last and last["version"] == state.version else None,
     }
 
 
-def _told(result: exchange.Outcome | exchange.Held) -> dict[str, Any]:
+def _told(result: exchange.Outcome | Held) -> dict[str, Any]:
     data: dict[str, Any] = msgspec.to_builtins(result)
     return data
 

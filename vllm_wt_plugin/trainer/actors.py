@@ -11,9 +11,10 @@ import msgspec
 
 from vllm_wt_plugin.errors import ServerUnreachable, WeightSyncError, from_dict
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.exchange import Held, Outcome
+from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.replies import Held
 
 POLL_S = 0.001
 

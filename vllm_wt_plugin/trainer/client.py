@@ -19,9 +19,10 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.trainer.actors import ActorClient, is_actor
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.exchange import Held, Outcome
+from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.replies import Held, held
 
 logger = logging.getLogger(__name__)
 _JSON: dict[bytes | str, bytes | str] = {"Content-Type": "application/json"}
@@ -205,7 +206,7 @@ class LLMClient:
             )
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
-        return exchange.held(self._call(msg.Sums(specs=specs)), specs)
+        return held(self._call(msg.Sums(specs=specs)), specs)
 
     def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
         if isinstance(request, PatchPush):

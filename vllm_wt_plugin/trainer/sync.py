@@ -32,10 +32,11 @@ from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
 from vllm_wt_plugin.trainer.verify import verify
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.memory import MemoryExporter
-from vllm_wt_plugin.wire.exchange import Held, Outcome
+from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
 from vllm_wt_plugin.wire.nccl import RENDEZVOUS_S, Verify
+from vllm_wt_plugin.wire.replies import Held
 
 AT_ONCE = 64  # replicas that are pushed to at a time
 

@@ -24,8 +24,8 @@ from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.report import ReplicaOutcome
 from vllm_wt_plugin.transport.layout import BaseExporter
-from vllm_wt_plugin.wire.exchange import Held
 from vllm_wt_plugin.wire.messages import PlanReport
+from vllm_wt_plugin.wire.replies import Held
 
 Mode = Literal["dense", "auto", "sparse"]
 Where = Literal["device", "host"]

@@ -8,8 +8,8 @@ import torch
 
 from vllm_wt_plugin.sparse.checksum import checksum_run
 from vllm_wt_plugin.trainer.report import VerifyReport
-from vllm_wt_plugin.wire.exchange import Held
 from vllm_wt_plugin.wire.patches import added_up
+from vllm_wt_plugin.wire.replies import Held
 
 
 def verify(

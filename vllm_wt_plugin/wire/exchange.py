@@ -20,9 +20,10 @@ import msgspec
 from vllm_wt_plugin.errors import PlanError, RequestError, TransferError, WeightSyncError, from_dict
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
+from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.nccl import Written
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import Part, PatchPush, added_up, wrong_sums
+from vllm_wt_plugin.wire.patches import PatchPush, added_up, wrong_sums
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 
@@ -82,16 +83,8 @@ class Outcome:
     version: str
     seconds: dict[str, float]  # the slowest rank's, by phase
     report: PlanReport | None
-    session: str = ""  # of an update that is open now
-
-
-@dataclass(frozen=True)
-class Held:
-    """What the weights of one replica add up to. `ranks`: {name: parts} of each."""
-
-    version: str
-    report: PlanReport
-    ranks: list[dict[str, list[Part]]]
+    session: str = ""  # of an update that is open now, or was ended by `abort`
+    moved: Moved | None = None  # where an update was committed
 
 
 Steps = Generator[Action, Any, Outcome]
@@ -104,6 +97,7 @@ class PushReply:
     outcome: Outcome | None = None
     error: dict[str, str] | None = None
     busy: bool = False
+    rolled_back: bool = False  # with `error`
 
 
 def run(steps: Steps, perform: Callable[[Action], Any]) -> Outcome:
@@ -161,7 +155,9 @@ def push(request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S) -> 
         done = yield Call((msg.Apply(session), msg.Commit(session, request.version)))
         agree(done)
     except Exception as exc:
-        yield from _undo(session, exc, done, resume=not was_paused)
+        now = yield from _undo(session, exc, done, resume=not was_paused)
+        if isinstance(exc, WeightSyncError):
+            exc.rolled_back = bool(done) and all(r.state.phase == "IDLE" for r in now)
         raise
     return (yield from _publish([*ready, *done], done, report))
 
@@ -296,7 +292,8 @@ def abort(body: msg.AbortBody) -> Steps:
     replies = yield from _undo(
         body.session, TransferError(body.reason), [], resume=open_[0].state.resume_after
     )
-    return Outcome(replies[0].state.version, slowest(replies), None)
+    session = open_[0].state.session
+    return Outcome(replies[0].state.version, slowest(replies), None, session)
 
 
 def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) -> Steps:
@@ -312,7 +309,8 @@ def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) ->
         raise
     if resume and not any(r.state.asleep for r in done):
         yield Resume()
-    return Outcome(version, slowest(all_), report)
+    moved = msgspec.convert(done[0].info.get("moved"), Moved | None)
+    return Outcome(version, slowest(all_), report, moved=moved)
 
 
 def _undo(
@@ -329,13 +327,6 @@ def _undo(
     elif resume and all(r.state.phase == "IDLE" and not r.state.asleep for r in replies):
         yield Resume()
     return replies
-
-
-def held(replies: list[Reply], specs: Iterable[ParamSpec]) -> Held:
-    """The replies to `Sums`, together. Raises as `agree`."""
-    agree(replies, specs)
-    ranks = msgspec.convert([r.info["sums"] for r in replies], list[dict[str, list[Part]]])
-    return Held(replies[0].state.version, replies[0].report or PlanReport(), ranks)
 
 
 def agree(replies: list[Reply], specs: Iterable[ParamSpec] = ()) -> PlanReport | None:

@@ -324,6 +324,7 @@ class PlanReport(_Data, frozen=True):
     stored: dict[str, str] = {}  # name → the dtype the engine holds, where it is another
     shadowed: bool = False  # the engine keeps host copies: `whole` takes patches after all
     whole: dict[str, str] = {}  # name that takes no patches → those of one value go together
+    elements: int = 0  # of all tensors, as the trainer has them
 
 
 class Reply(_Data, frozen=True):

@@ -42,7 +42,8 @@ def _in_one_call(kind: type[T], steps: Callable[[T], exchange.Steps]) -> Callabl
                 reply = exchange.PushReply(exchange.run(steps(request), lambda a: perform(core, a)))
         # Across the process border errors are data, so that their kind survives.
         except Exception as exc:
-            reply = exchange.PushReply(error=exchange.unexpected(exc).to_dict())
+            error = exchange.unexpected(exc)
+            reply = exchange.PushReply(error=error.to_dict(), rolled_back=error.rolled_back)
         data: dict[str, Any] = msgspec.to_builtins(reply)
         return data
 

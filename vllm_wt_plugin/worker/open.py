@@ -12,6 +12,7 @@ import torch
 
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.export import Attached
 from vllm_wt_plugin.worker.known import Registered
@@ -54,6 +55,17 @@ class Open:
                 next_step="send all of an update in one way",
             )
         self.way = way
+
+    def moved(self) -> Moved:
+        """What it brought, once it is committed."""
+        if self.patches is not None:
+            return self.patches.moved
+        if self.attached is not None:
+            return Moved("in place")
+        if self.parts:
+            return Moved("dense", sum(s.nbytes for s in self.parts.values()))
+        came = self.update if self.packed is None else self.packed
+        return Moved("dense", 0 if came is None else came.plan.report.bytes)
 
     def state(self, version: str, dirty: str, asleep: tuple[str, ...]) -> msg.State:
         left = max(0.0, self.deadline - time.monotonic())

@@ -18,6 +18,7 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.sparse.patch import WORDS, Group
 from vllm_wt_plugin.wire.messages import PlanReport
+from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import Part, PatchPush, Section, layout
 from vllm_wt_plugin.worker.known import Known, Patched, Timed
@@ -74,6 +75,13 @@ class PatchUpdate:
             for spec, at in zip(push.whole, plan.whole_at, strict=True)
         }
         self._check_whole()
+        came = [t for g, _ in self._scatters for t in (g.indices, g.values)]
+        self.moved = Moved(
+            "sparse",
+            sum(t.nbytes for t in (*came, *self._sent.values())),
+            sum(push.num_updates_list) + sum(s.numel for s in push.whole),
+            places.plan.report.elements,
+        )
         self._patched = {s.name for s in specs} & places.whole.keys()
         self.exact = not self._sent
         self.wrote = False

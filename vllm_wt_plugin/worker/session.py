@@ -273,7 +273,7 @@ class WorkerSession:
         if open_.patches is not None and open_.patches.exact:
             self.last = Committed(open_.session, open_.patches, self.version)
         self.ended = open_.session, "commit"
-        out.info["resume"] = open_.resume_after
+        out.info |= {"resume": open_.resume_after, "moved": open_.moved()}
         self.version = self.version if verb.version is None else verb.version
         self.open, self.dirty, self.resume_sticky = None, "", False
 

@@ -32,6 +32,7 @@ def describe(plan: LoadPlan, host: Host) -> PlanReport:
     return PlanReport(
         tensors=len(plan.specs),
         bytes=sum(s.nbytes for s in plan.specs.values()),
+        elements=sum(s.numel for s in plan.specs.values()),
         segments=sum(len(r) for r in plan.segments.values()),
         in_place=len(plan.in_place),
         processed=dict(plan.processed),
