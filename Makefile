@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes and keeps current.
-.PHONY: help setup demo test test-all lint clean
+.PHONY: help setup demo test test-all lint docs clean
 PYTHON_IN_VENV := .venv/bin/python
 
 help:
@@ -8,7 +8,8 @@ help:
 	@echo "make test      lint, format, types, tests on CPU: what CI runs"
 	@echo "make test-all  the same with the whole test matrix"
 	@echo "make lint      lint, format and types alone"
-	@echo "make clean     remove caches and outputs; .venv stays"
+	@echo "make docs      the site, into site/ (warnings are errors)"
+	@echo "make clean     remove caches and outputs; .venv and .venv-docs stay"
 
 setup:
 	@scripts/setup.sh
@@ -26,6 +27,9 @@ lint: setup
 	$(PYTHON_IN_VENV) -m ruff check .
 	$(PYTHON_IN_VENV) -m ruff format --check .
 	$(PYTHON_IN_VENV) -m mypy --strict vllm_wt_plugin examples
+
+docs:
+	@scripts/docs.sh
 
 clean:
 	rm -rf out dist build site .pytest_cache .mypy_cache .ruff_cache .hypothesis
