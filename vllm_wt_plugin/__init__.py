@@ -28,6 +28,7 @@ from vllm_wt_plugin.errors import (
     VersionMismatch,
     WeightSyncError,
 )
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome
 from vllm_wt_plugin.trainer.source import Source, as_source
 from vllm_wt_plugin.trainer.sync import WeightSync
@@ -52,6 +53,7 @@ __all__ = [
     "RequestError",
     "ServerUnreachable",
     "Source",
+    "SparseWeightPatch",
     "StateError",
     "TransferError",
     "UnknownRegistration",

@@ -16,12 +16,12 @@ from typing import Any, Self
 import httpx
 import msgspec
 import torch
-from vllm_wt_plugin.transport.patches import share
 
 from tests.support import models
 from vllm_wt_plugin import SparseWeightPatch, WeightSync
 from vllm_wt_plugin.trainer.source import MappingSource
 from vllm_wt_plugin.transport.ipc import Exporter
+from vllm_wt_plugin.transport.patches import share
 
 ROOT = Path(__file__).parents[2]
 BUFFER = 40_000  # bytes of a packed push's buffer: a few tensors each

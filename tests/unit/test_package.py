@@ -25,7 +25,7 @@ MAX_LINES = 400
 # Names without a dot are distributions, the others parts of this package.
 MAY_IMPORT = {
     "errors.py": set(),
-    "__init__.py": {".errors", ".trainer", ".bridge"},
+    "__init__.py": {".errors", ".sparse.patch", ".trainer", ".bridge"},
     "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
     "sparse/cuda_diff.py": {".sparse", "torch", "triton"},
@@ -57,6 +57,10 @@ MAY_IMPORT = {
     "worker/patches.py": {".errors", ".wire", ".sparse", ".transport", ".worker", "torch"},
     "worker/export.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/packed.py": {".errors", ".wire", ".sparse", ".transport", ".worker", "torch"},
+    "worker/engine.py": {
+        ".errors", ".wire", ".sparse", ".transport", ".worker", "._vllm", "torch", "msgspec",
+        "vllm",
+    },
     "worker/*": {
         ".errors", ".wire", ".transport", ".worker", "._vllm", "torch", "msgspec", "vllm",
     },

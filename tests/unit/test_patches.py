@@ -5,6 +5,7 @@ The toy has modules in place, packed, derived late, loaded by the loader, and ti
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -15,10 +16,12 @@ from tests.unit import toys
 from tests.unit.test_session import Worker
 from tests.unit.toys import same_bits
 from vllm_wt_plugin.errors import TransferError, WeightSyncError
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.trainer.delta import Changes, Snapshot
 from vllm_wt_plugin.trainer.listing import Lister
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.transport.memory import MemoryExporter
+from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
@@ -43,6 +46,9 @@ class Pair:
 
     def run(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         return exchange.run(exchange.push(request), self.perform)
+
+    def run_steps(self, steps: exchange.Steps) -> exchange.Outcome:
+        return exchange.run(steps, self.perform)
 
     def perform(self, action: exchange.Action) -> Any:
         match action:
@@ -180,6 +186,91 @@ def test_a_failure_puts_the_old_bits_back_on_every_rank(ranks: int, at: str) -> 
     pair.assert_serves(old, "1")
     pair.run(push)
     pair.assert_serves(pair.tensors, "2")
+
+
+def by_hand(pair: Pair, changes: Changes, names: set[str] | None = None) -> list[SparseWeightPatch]:
+    """The changes as any trainer may have them: apart, in no order, in torch's dtypes."""
+    out = []
+    for d in changes.diffs:
+        for spec, indices, words in d.group.rows():
+            if names is None or spec.name in names:
+                values = words.view(getattr(torch, spec.dtype))
+                order = torch.randperm(len(indices))
+                out.append(SparseWeightPatch(spec.name, indices[order], values[order], spec.shape))
+    return out
+
+
+def test_patches_by_vllms_calls() -> None:
+    """Start, two update calls, finish; then an update that fails in its second call."""
+    pair = Pair(ranks=2, shadow=True)
+    changes, old = pair.change(), copies(pair.tensors)
+    names = sorted({s.name for d in changes.diffs for s in d.group.specs})
+    pair.run_steps(exchange.start(msg.StartBody("me")))
+    with MemoryExporter() as one, MemoryExporter() as two:
+        for part, exporter in ((names[::2], one), (names[1::2], two)):
+            given = by_hand(pair, changes, set(part))
+            pair.run_steps(exchange.update(share(given, exporter)))
+    pair.run_steps(exchange.finish(msg.FinishBody("2")))
+    pair.assert_serves(pair.tensors, "2")
+    pair.snapshot.accept(changes)
+
+    old = copies(pair.tensors)
+    changes = pair.change()
+    pair.run_steps(exchange.start(msg.StartBody("me")))
+    with MemoryExporter() as one, MemoryExporter() as two:
+        given = by_hand(pair, changes)
+        pair.run_steps(exchange.update(share(given[:2], one)))
+        given[3] = replace(given[3], indices=given[3].indices[:1].expand(len(given[3].indices)))
+        with pytest.raises(WeightSyncError, match="given twice") as caught:
+            pair.run_steps(exchange.update(share(given[2:], two)))
+    assert given[3].name in caught.value.where
+    pair.assert_serves(old, "2")
+
+
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"name": "nobody"}, "no such tensor"),
+        ({"indices": torch.tensor([0, 10**6])}, "index 1000000 of"),
+        ({"indices": torch.tensor([-1, 0])}, "index -1 of"),
+        ({"indices": torch.tensor([5, 5])}, "index 5 is given twice"),
+        ({"indices": torch.tensor([0])}, "1 indices for 2 values"),
+        ({"indices": torch.tensor([0.0, 1.0])}, "indices are torch.float32"),
+        ({"values": torch.zeros(2, dtype=torch.int8)}, "int8 values, the engine holds"),
+        ({"values": torch.zeros(2, 1)}, "one dimension"),
+        ({"full_shape": None}, "needs its `full_shape`"),
+        ({"full_shape": (3, 3)}, "is for shape"),
+    ],
+)
+def test_patches_that_do_not_fit_name_the_parameter(change: dict[str, Any], match: str) -> None:
+    pair = Pair()
+    name = next(n for n in pair.tensors if n not in pair.plan.whole)
+    t = pair.tensors[name]
+    good = SparseWeightPatch(name, torch.tensor([0, 1]), t.reshape(-1)[:2] + 1, tuple(t.shape))
+    bad = replace(good, **change)
+    pair.run_steps(exchange.start(msg.StartBody("me")))
+    with MemoryExporter() as exporter, pytest.raises(WeightSyncError, match=match) as caught:
+        pair.run_steps(exchange.update(share([bad], exporter)))
+    assert bad.name in caught.value.where
+    pair.run_steps(exchange.abort(msg.AbortBody("over")))
+    pair.assert_serves(pair.tensors, "1")
+
+
+def test_no_patches_at_all() -> None:
+    with MemoryExporter() as exporter, pytest.raises(WeightSyncError, match="no patches"):
+        share([], exporter)
+
+
+def test_patches_and_tensors_do_not_mix() -> None:
+    pair = Pair()
+    worker = pair.workers[0]
+    pair.run_steps(exchange.start(msg.StartBody("me")))
+    session = worker.session.state().session
+    with MemoryExporter() as exporter:
+        pair.run_steps(exchange.update(share(by_hand(pair, pair.change()), exporter)))
+        worker.ok(worker.prepare(2, session, "mla.other.weight"))
+        assert "came as patches, and now" in worker.call(msg.Apply(session)).error["error"]  # type: ignore[index]
+    assert worker.session.state().phase == "IDLE"
 
 
 def test_a_bare_patch_for_a_packed_module_says_what_to_do() -> None:

@@ -29,6 +29,7 @@ from vllm_wt_plugin.wire.handles import (
 )
 from vllm_wt_plugin.wire.params import ITEMSIZE, MAX_ELEMENTS, ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
+from vllm_wt_plugin.wire.sparse import patches
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 KEY = "0123456789abcdef" * 2
@@ -379,6 +380,7 @@ def test_an_update_is_a_registration() -> None:
         ({"handles": []}, "$.update_info.handles"),
         ({"names": [], "dtype_names": [], "shapes": [], "handles": []}, "$.update_info.names"),
         ({"update_kind": "sparse_flat"}, ""),
+        ({"num_updates_list": [1]}, "$.update_info.num_updates_list"),
         ({"packed": True}, "$.update_info.tensor_sizes"),
         ({"ipc_handles_pickled": "gASV"}, "$.update_info.ipc_handles_pickled"),
         ({"ipc_handles": []}, "$.update_info.ipc_handles"),
@@ -420,6 +422,52 @@ def patch_push(**change: Any) -> PatchPush:
 def test_patches_that_do_not_fit(change: dict[str, Any], where: str) -> None:
     with pytest.raises(RequestError) as caught:
         patch_push(**change).check()
+    assert caught.value.where == where
+
+
+def sparse_info(**change: Any) -> UpdateInfo:
+    given = dict(
+        names=["w"], dtype_names=["bfloat16"], shapes=[(4, 4)], update_kind="sparse_flat",
+        num_updates_list=[3], storages=[LocalStorage(1, KEY, 18)],
+        handles=[(0, 0, None), (0, 6, None)],
+    )  # fmt: skip
+    return msg.convert(msgspec.to_builtins(given | change), UpdateInfo)
+
+
+def test_a_sparse_update_is_a_push_of_patches() -> None:
+    push = patches(sparse_info(base_version="7", sums=[5]), KEY)
+    assert (push.num_updates_list, push.base_version, push.sums) == ([3], "7", [5])
+    assert push.register is not None
+    assert [(t.name, t.dtype, t.shape, t.offset) for t in push.register.tensors] == [
+        ("indices/w", "int32", (3,), 0), ("values/w", "bfloat16", (3,), 6),
+    ]  # fmt: skip
+    wide = sparse_info(shapes=[(2**31, 1)], storages=[LocalStorage(1, KEY, 99)])
+    wide_push = patches(wide, KEY)
+    assert wide_push.register is not None
+    assert wide_push.register.tensors[0].dtype == "int64"
+
+
+@pytest.mark.parametrize(
+    ("change", "where"),
+    [
+        ({"update_kind": "sparse"}, "$.update_kind"),
+        ({"num_updates_list": None}, "$.update_info.num_updates_list"),
+        ({"num_updates_list": []}, "$.update_info.num_updates_list"),
+        ({"num_updates_list": [3, 3]}, "$.update_info.num_updates_list"),
+        ({"num_updates_list": [-1]}, "$.num_updates_list[0]"),
+        ({"num_updates_list": [17]}, "w"),
+        ({"num_updates_list": [4]}, "values/w"),
+        ({"handles": [(0, 0, None)]}, "$.update_info.handles"),
+        ({"shapes": []}, "$.update_info.shapes"),
+        ({"dtype_names": ["object"]}, "w"),
+        ({"names": [], "dtype_names": [], "shapes": []}, "$.update_info.num_updates_list"),
+        ({"sums": [1, 2]}, "$.sums"),
+        ({"packed": True}, "$.update_info.packed"),
+    ],
+)  # fmt: skip
+def test_sparse_updates_that_do_not_fit(change: dict[str, Any], where: str) -> None:
+    with pytest.raises(RequestError) as caught:
+        patches(sparse_info(**change), KEY)
     assert caught.value.where == where
 
 

@@ -5,15 +5,22 @@ Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import msgspec
 import torch
 
 from vllm_wt_plugin.errors import UnknownRegistration
-from vllm_wt_plugin.trainer.client import Client
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch
+from vllm_wt_plugin.trainer.client import Client, HTTPClient
 from vllm_wt_plugin.trainer.delta import Changes
+from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.layout import BaseExporter
+from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
+from vllm_wt_plugin.wire.messages import UpdateBody
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush, layout, widths
 
@@ -97,6 +104,16 @@ class PatchSender:
     def close(self) -> None:
         self.exporter.close()
         self.buffer = self.push = None
+
+
+def send_patches(
+    client: HTTPClient, patches: Iterable[SparseWeightPatch], session: str = ""
+) -> dict[str, Any]:
+    """One update call of an update that is open at `client`, of any patches with a `full_shape`.
+    Blocking; the tensors are free again on return. Raises what is wrong, naming the parameter."""
+    with Exporter() as exporter:
+        body = UpdateBody(share(patches, exporter), session)
+        return client.post("/update_weights", body)
 
 
 def _device(changes: Changes) -> torch.device:

@@ -24,6 +24,7 @@ from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.nccl import Written
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush, added_up, wrong_sums
+from vllm_wt_plugin.wire.sparse import patches
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 
@@ -243,19 +244,26 @@ def update(info: UpdateInfo | list[UpdateInfo], session: str = "") -> Steps:
     if len(infos) == 1 and infos[0].bucket is not None:
         return (yield from bucket(infos[0].bucket, session))
     key = secrets.token_hex(16)
-    parts = tuple(i.registrations(key) for i in infos)
+    sparse = len(infos) == 1 and infos[0].update_kind == "sparse_flat"
+    push = patches(infos[0], key) if sparse else None
+    parts = () if sparse else tuple(i.registrations(key) for i in infos)
     done: list[Reply] = []
     open_ = yield Call((msg.Status(),))
-    if len(parts) not in (1, len(open_)):
+    if len(infos) not in (1, len(open_)):
         raise RequestError(
-            f"update_info is a list of {len(parts)}, there are {len(open_)} workers",
+            f"update_info is a list of {len(infos)}, there are {len(open_)} workers",
             where="$.update_info",
             next_step="send one for all, or one for each worker, by global rank",
         )
     try:
-        ready = yield Call((msg.PreparePart(session, key, parts),))
-        # Where every rank gets its own, none can tell what the others take of a name.
-        report = agree(ready, infos[0].specs if len(infos) == 1 else ())
+        if push is not None:
+            ready = yield Call((msg.PreparePatches(session, push),))
+            report = agree(ready)
+            check_patches(push, ready)
+        else:
+            ready = yield Call((msg.PreparePart(session, key, parts),))
+            # Where every rank gets its own, none can tell what the others take of a name.
+            report = agree(ready, infos[0].specs if len(infos) == 1 else ())
         done = yield Call((msg.Apply(session),))
         agree(done)
     except Exception as exc:

@@ -28,6 +28,7 @@ from vllm_wt_plugin.wire.params import (
 )
 
 MAX_INT32 = 2**31 - 1
+INDICES, VALUES = "indices/", "values/"
 Checksum = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # `sparse/checksum.py`
 
 
@@ -35,8 +36,10 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """One whole sparse update, `POST /push_patches`.
 
     `num_updates_list[i]` new values of `names[i]`; `whole` tensors follow in full, for modules
-    that take no patches. The buffer is `registration`'s only tensor; `register` is sent once.
+    that take no patches. `form` "buffer": `registration` has one tensor of bytes (see `layout`),
+    `register` is sent once; "tensors": it has `INDICES + name` and `VALUES + name` for each.
     `sums[i]`: by how much the update moves `names[i]`'s checksum; empty: not checked.
+    `base_version` None: not checked either.
     """
 
     names: Annotated[list[Name], msgspec.Meta(max_length=2**20)]
@@ -44,13 +47,14 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shapes: list[Shape]
     num_updates_list: list[Size]
     registration: Hex32
-    base_version: Version
+    base_version: Version | None
     register: Registration | None = None
     whole: list[ParamSpec] = []
     sums: list[Checksum] = []
     version: Version | None = None
     owner: Text = ""
     update_kind: Literal["sparse_flat"] = "sparse_flat"
+    form: Literal["buffer", "tensors"] = "buffer"
 
     @property
     def specs(self) -> tuple[ParamSpec, ...]:

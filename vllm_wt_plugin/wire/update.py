@@ -9,7 +9,8 @@ import msgspec
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire import torch_handles
 from vllm_wt_plugin.wire.handles import Registration, Storage, TensorRef
-from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size
+from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size, Version
+from vllm_wt_plugin.wire.patches import Checksum
 
 
 class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -17,6 +18,8 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`. In vLLM's form
     `ipc_handles` are torch's own (`wire/torch_handles.py`), packed where there are `tensor_sizes`.
+    Sparse (`wire/sparse.py`): two handles for each name, its `num_updates_list[i]` indices and as
+    many values; `base_version` and `sums` as in `PatchPush`.
     """
 
     names: Annotated[list[Name], msgspec.Meta(max_length=2**20)] = []
@@ -31,17 +34,21 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     ipc_handles: Any = None
     ipc_handles_pickled: str | None = None
     tensor_sizes: list[Size] | None = None
+    num_updates_list: list[Size] | None = None
+    base_version: Version | None = None
+    sums: list[Checksum] = []
 
     @property
     def specs(self) -> tuple[ParamSpec, ...]:
         """Raises RequestError where the lists do not fit together."""
-        self._check_sizes("dtype_names", "shapes")
+        self.check_sizes("dtype_names", "shapes")
         if not self.names:
             raise RequestError("`names` is empty", where="$.update_info.names")
         rows = zip(self.names, self.dtype_names, self.shapes, strict=True)
         return tuple(ParamSpec(n, d, s) for n, d, s in rows)
 
-    def _check_sizes(self, *fields: str) -> None:
+    def check_sizes(self, *fields: str) -> None:
+        """As many of each as there are names."""
         for what in fields:
             if (size := len(getattr(self, what))) != len(self.names):
                 raise RequestError(
@@ -57,8 +64,14 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         """
         if self.update_kind != "dense":
             raise RequestError(
-                "this server takes dense updates only",
-                next_step="leave out update_kind, or push patches with WeightSync",
+                "patches come in one update_info for all workers, not in a list",
+                next_step="send one, or push patches with WeightSync",
+            )
+        if self.num_updates_list is not None:
+            raise RequestError(
+                "`num_updates_list` is for sparse updates",
+                where="$.update_info.num_updates_list",
+                next_step='say update_kind "sparse_flat", or leave it out',
             )
         if self.ipc_handles_pickled is not None:
             return self.unpickled().registrations(key)
@@ -83,7 +96,7 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     def registration(self, key: str) -> Registration:
         """Plain `storages` and `handles` as a `Registration`, checked; raises RequestError."""
-        self._check_sizes("handles")
+        self.check_sizes("handles")
         refs = tuple(
             TensorRef(s.name, s.dtype, s.shape, h[0], h[1], h[2])
             for s, h in zip(self.specs, self.handles, strict=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,10 +16,15 @@ from vllm.distributed.weight_transfer.base import (
 
 from vllm_wt_plugin._vllm import VllmHost, init_logger
 from vllm_wt_plugin.errors import RequestError, from_dict
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.transport.ipc import Importer
+from vllm_wt_plugin.transport.memory import MemoryExporter
+from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.sparse import patches
 from vllm_wt_plugin.wire.update import UpdateInfo
 from vllm_wt_plugin.worker.link import Link
+from vllm_wt_plugin.worker.patches import received
 from vllm_wt_plugin.worker.session import WorkerSession
 
 logger = init_logger("vllm.wt.worker")
@@ -75,11 +82,45 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         key = secrets.token_hex(16)
-        parts = (msg.convert(update_info, UpdateInfo).registrations(key),)
-        self._run(msg.PreparePart(self._session_id, key, parts), msg.Apply(self._session_id))
+        info = msg.convert(update_info, UpdateInfo)
+        if info.update_kind == "sparse_flat":
+            verb: msg.Verb = msg.PreparePatches(self._session_id, patches(info, key))
+        else:
+            verb = msg.PreparePart(self._session_id, key, (info.registrations(key),))
+        self._run(verb, msg.Apply(self._session_id))
 
     def receive_weights(self, update_info: Any) -> None:
         self.update_weights(update_info)
+
+    def receive_sparse_weights(
+        self,
+        update_info: dict[str, Any],
+        apply_patches: Callable[[list[SparseWeightPatch]], object] | None = None,
+    ) -> None:
+        """The patches of one update call, views of the trainer's memory, to `apply_patches`
+        (default: the method of this name). Raises what is wrong with them."""
+        push = patches(msg.convert(update_info, UpdateInfo), secrets.token_hex(16))
+        known = self.session.known
+        try:
+            (apply_patches or self.apply_patches)(received(push, known.patch_memory(push)))
+        finally:
+            known.close_patches(push.registration)
+
+    def apply_patches(self, given: list[SparseWeightPatch]) -> None:
+        """Write them into the live weights, by the load plan, as a part of the update that
+        `start_weight_update` opened; `finish_weight_update` commits, an error takes all back.
+        Raises what this rank finds wrong, naming the parameter."""
+        places = self.session.known.places_for()
+        whole = [
+            p if p.full_shape is not None else replace(p, full_shape=places.spec(p.name).shape)
+            for p in given
+        ]
+        with MemoryExporter() as exporter:
+            push = patches(share(whole, exporter), secrets.token_hex(16))
+            try:
+                self._run(msg.PreparePatches(self._session_id, push), msg.Apply(self._session_id))
+            finally:
+                self.session.known.close_patches(push.registration)
 
     def finish_weight_update(self) -> None:
         self._run(msg.Commit(self._session_id, None))

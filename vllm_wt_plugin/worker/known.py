@@ -70,7 +70,7 @@ class Known:
         self.shadow: dict[str, torch.Tensor] = {}
         self._last_places: Places | None = None
         self._patched: Patched | None = None
-        self._buffers: OrderedDict[str, torch.Tensor] = OrderedDict()
+        self._buffers: OrderedDict[str, dict[str, torch.Tensor]] = OrderedDict()
 
     @property
     def host(self) -> Host:
@@ -110,7 +110,7 @@ class Known:
             push.check_counts(last.numels)
             return last, False
         specs = push.check()
-        places, new = self.places((*specs, *push.whole))
+        places, new = self._patchable((*specs, *push.whole))
         places.check(specs)
         numels = [s.numel for s in specs]
         self._patched = Patched(push.named, specs, numels, widths(specs), places)
@@ -121,10 +121,22 @@ class Known:
         one (True).
 
         A plan made for a dense push is used again, whatever dtype its trainer had."""
+        plan = self._with(specs)
+        if plan is not None:
+            return self._places_of(plan), False
+        return self._places_of(self.plan(specs, complete=False)), True
+
+    def _with(self, specs: tuple[ParamSpec, ...]) -> LoadPlan | None:
         for plan in reversed(self._plans.values()):
             if all((s := plan.specs.get(w.name)) and s.shape == w.shape for w in specs):
-                return self._places_of(plan), False
-        return self._places_of(self.plan(specs, complete=False)), True
+                return plan
+        return None
+
+    def _patchable(self, specs: tuple[ParamSpec, ...]) -> tuple[Places, bool]:
+        """As `places`; but names that a plan of the whole model lacks have no place at all."""
+        every = (p for (_, complete), p in reversed(self._plans.items()) if complete)
+        plan = self._with(specs) or next(every, None)
+        return self.places(specs) if plan is None else (self._places_of(plan), False)
 
     def places_for(self, specs: tuple[ParamSpec, ...] = ()) -> Places:
         """To read: of these tensors, or of the plan that was used last. Raises NoUpdate where
@@ -213,19 +225,15 @@ class Known:
         received = {n: update.received[n] for n in names if n in update.received}
         return {"sums": places.sums(live), "received": received}
 
-    def buffer(self, push: PatchPush) -> torch.Tensor:
-        """The bytes of a push of patches. Raises UnknownRegistration, HandleError."""
+    def patch_memory(self, push: PatchPush) -> dict[str, torch.Tensor]:
+        """What a push of patches came in. Raises UnknownRegistration, HandleError."""
         key = push.registration
         if key not in self._buffers:
             if push.register is None or push.register.id != key:
                 raise UnknownRegistration(
                     "the worker does not hold this buffer", next_step="send its registration again"
                 )
-            memory = list(self.importer.open(push.register).values())
-            if len(memory) != 1 or memory[0].dtype != torch.uint8 or memory[0].dim() != 1:
-                self.importer.close(key)
-                raise HandleError("patches come in one buffer of bytes", where="registration")
-            self._buffers[key] = memory[0]
+            self._buffers[key] = self.importer.open(push.register)
             for old in list(self._buffers)[:-BUFFERS]:
                 del self._buffers[old]
                 self.importer.close(old)
@@ -233,6 +241,11 @@ class Known:
         self.importer.check_alive(key)
         self.importer.wait_by_id(key)
         return self._buffers[key]
+
+    def close_patches(self, registration: str) -> None:
+        """Of a push of patches. Idempotent."""
+        if self._buffers.pop(registration, None) is not None:
+            self.importer.close(registration)
 
     def release(self, registration: str) -> None:
         if self._registered.pop(registration, None) is not None:

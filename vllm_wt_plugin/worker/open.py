@@ -40,7 +40,7 @@ class Open:
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
     written: set[str] = field(default_factory=set)
     held: dict[str, torch.Tensor] = field(default_factory=dict)
-    patches: PatchUpdate | None = None
+    patches: list[PatchUpdate] = field(default_factory=list)  # each call brings some
     ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone
 
     def __str__(self) -> str:
@@ -58,8 +58,10 @@ class Open:
 
     def moved(self) -> Moved:
         """What it brought, once it is committed."""
-        if self.patches is not None:
-            return self.patches.moved
+        if self.patches:
+            rows = [p.moved for p in self.patches]
+            nbytes, changed = sum(m.bytes for m in rows), sum(m.changed for m in rows)
+            return Moved("sparse", nbytes, changed, rows[0].elements)
         if self.attached is not None:
             return Moved("in place")
         if self.parts:
@@ -80,7 +82,7 @@ class Committed:
     """The last update, if it was patches: `before` is the version it started from."""
 
     session: str
-    patches: PatchUpdate
+    patches: list[PatchUpdate]
     before: str
 
 

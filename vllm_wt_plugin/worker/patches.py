@@ -13,14 +13,15 @@ from vllm_wt_plugin.errors import (
     EngineDirty,
     HandleError,
     PlanError,
+    RequestError,
     TransferError,
     VersionMismatch,
 )
-from vllm_wt_plugin.sparse.patch import WORDS, Group
+from vllm_wt_plugin.sparse.patch import WORDS, Group, SparseWeightPatch, grouped
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import Part, PatchPush, Section, layout
+from vllm_wt_plugin.wire.patches import INDICES, VALUES, Part, PatchPush, Section, layout
 from vllm_wt_plugin.worker.known import Known, Patched, Timed
 from vllm_wt_plugin.worker.places import Places
 from vllm_wt_plugin.worker.plan.host import Host
@@ -36,7 +37,7 @@ def open_patches(
             f"patches need whole weights to start from, these are DIRTY: {dirty}",
             next_step="push a complete dense update",
         )
-    if push.base_version != version:
+    if push.base_version not in (None, version):
         raise VersionMismatch(
             f"the patches start from version {push.base_version!r}, the engine holds {version!r}",
             next_step="push dense",
@@ -44,9 +45,9 @@ def open_patches(
     with timed("plan"):
         patched, new = known.patched(push)
     with timed("wait"):
-        buffer = known.buffer(push)
+        memory = known.patch_memory(push)
     with timed("read"):
-        update = PatchUpdate(known.host, patched, push, buffer)
+        update = PatchUpdate(known.host, patched, push, memory)
     return update, patched.places.plan.report if new else None
 
 
@@ -54,26 +55,17 @@ class PatchUpdate:
     """One push of patches under way. `undo` is exact, and possible after commit too, unless
     whole tensors without a shadow were written (`exact`)."""
 
-    def __init__(self, host: Host, patched: Patched, push: PatchPush, buffer: torch.Tensor) -> None:
+    def __init__(
+        self, host: Host, patched: Patched, push: PatchPush, memory: dict[str, torch.Tensor]
+    ) -> None:
         self._host, self._places, self._push = host, patched.places, push
         specs, places = patched.specs, patched.places
-        plan = layout(patched.widths, push.num_updates_list, push.whole)
-        if plan.nbytes > buffer.numel():
-            raise HandleError(
-                f"the patches need {plan.nbytes} bytes, their buffer has {buffer.numel()}",
-                where="registration",
-            )
+        groups, self._sent = (_in_buffer if push.form == "buffer" else _in_tensors)(
+            push, patched, memory
+        )
         self._scatters = [
-            (group, places.scatter(group))
-            for section in plan.sections
-            for group in _by_device(_group(push, specs, section, buffer), places)
+            (group, places.scatter(group)) for one in groups for group in _by_device(one, places)
         ]
-        self._sent = {
-            spec.name: buffer[at : at + spec.nbytes]
-            .view(getattr(torch, spec.dtype))
-            .view(spec.shape)
-            for spec, at in zip(push.whole, plan.whole_at, strict=True)
-        }
         self._check_whole()
         came = [t for g, _ in self._scatters for t in (g.indices, g.values)]
         self.moved = Moved(
@@ -121,7 +113,10 @@ class PatchUpdate:
 
     @torch.no_grad()
     def apply(self) -> None:
-        """Write. What is not a scatter goes through vLLM's processing, of its modules only."""
+        """Write, once. What is not a scatter goes through vLLM's processing, of its modules
+        only."""
+        if self.wrote:
+            return
         self.wrote = True
         for _, ways in self._scatters:
             ways.write()
@@ -158,6 +153,43 @@ def check_sums(wrong: Iterable[str]) -> None:
             where=names[0],
             next_step="nothing was written; push dense",
         )
+
+
+_Came = tuple[list[Group], dict[str, torch.Tensor]]  # patches, and tensors in full
+
+
+def _in_buffer(push: PatchPush, patched: Patched, memory: dict[str, torch.Tensor]) -> _Came:
+    buffer = next(iter(memory.values()))
+    if len(memory) != 1 or buffer.dtype != torch.uint8 or buffer.dim() != 1:
+        raise HandleError("patches come in one buffer of bytes", where="registration")
+    plan = layout(patched.widths, push.num_updates_list, push.whole)
+    if plan.nbytes > buffer.numel():
+        raise HandleError(
+            f"the patches need {plan.nbytes} bytes, their buffer has {buffer.numel()}",
+            where="registration",
+        )
+    whole = {
+        spec.name: buffer[at : at + spec.nbytes].view(getattr(torch, spec.dtype)).view(spec.shape)
+        for spec, at in zip(push.whole, plan.whole_at, strict=True)
+    }
+    return [_group(push, patched.specs, s, buffer) for s in plan.sections], whole
+
+
+def _in_tensors(push: PatchPush, patched: Patched, memory: dict[str, torch.Tensor]) -> _Came:
+    if push.whole:
+        raise RequestError("tensors in full come in a buffer only", where="$.whole")
+    return grouped(received(push, memory), {s.name: s for s in patched.specs}), {}
+
+
+def received(push: PatchPush, memory: dict[str, torch.Tensor]) -> list[SparseWeightPatch]:
+    """The patches of a push that came as tensors, on their own device, unchecked."""
+    try:
+        return [
+            SparseWeightPatch(n, memory[INDICES + n], memory[VALUES + n], tuple(shape))
+            for n, shape in zip(push.names, push.shapes, strict=True)
+        ]
+    except KeyError as exc:
+        raise HandleError("the patch has no such tensor", where=str(exc.args[0])) from exc
 
 
 def _group(

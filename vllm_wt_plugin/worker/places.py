@@ -85,9 +85,15 @@ class Places:
 
     def sums_of(self, names: Collection[str]) -> dict[str, list[Part]]:
         """As `sums`; of all tensors where none is named. Raises PlanError for an unknown name."""
-        if unknown := set(names) - self.served.keys():
-            raise PlanError("the engine's plan has no such tensor", where=min(unknown))
+        for name in names:
+            self.spec(name)
         return self.sums(names or self.served)
+
+    def spec(self, name: str) -> ParamSpec:
+        """As the engine holds it. Raises PlanError for an unknown name."""
+        if name not in self.served:
+            raise PlanError("the engine's plan has no such tensor", where=name)
+        return self.served[name]
 
     def sums(self, names: Iterable[str]) -> dict[str, list[Part]]:
         """Checksums of what this rank holds, part by part; reads all of it."""

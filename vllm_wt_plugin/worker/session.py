@@ -188,18 +188,21 @@ class WorkerSession:
     def prepare_patches(self, verb: msg.PreparePatches, out: Draft) -> None:
         """Everything that can be wrong is found here, while the engine serves."""
         open_ = self._mine(verb.session, out)
-        open_.patches, out.report = open_patches(
+        open_.by("as patches")
+        update, out.report = open_patches(
             self.known, verb.push, self.version, self.dirty, out.timed
         )
         with out.timed("read"):
-            out.info["sums"] = open_.patches.prepare()
+            out.info["sums"] = update.prepare()
+        open_.patches.append(update)
 
     def apply(self, session: str, out: Draft) -> None:
         open_ = self._mine(session, out)
-        if open_.patches is not None:
+        if open_.prepared is None and any(not p.wrote for p in open_.patches):
             with out.timed("copy"):
                 open_.wrote = True
-                open_.patches.apply()
+                for p in open_.patches:
+                    p.apply()
                 self._synchronize()
             return
         if open_.prepared is None:
@@ -259,8 +262,8 @@ class WorkerSession:
             elif open_.packed is not None:
                 open_.packed.finish()
                 self._synchronize()
-            elif open_.patches is not None:
-                if not open_.patches.wrote:
+            elif open_.patches:
+                if not all(p.wrote for p in open_.patches):
                     raise NoUpdate("the patches were not applied", next_step="apply them first")
             elif open_.update is None and (self.dirty or open_.wrote):
                 raise NoUpdate(
@@ -270,7 +273,7 @@ class WorkerSession:
         self._close_ephemeral(open_)
         if open_.packed is not None or open_.attached is not None or open_.parts:
             self.known.shadow.clear()  # not of these weights
-        if open_.patches is not None and open_.patches.exact:
+        if open_.patches and all(p.exact for p in open_.patches):
             self.last = Committed(open_.session, open_.patches, self.version)
         self.ended = open_.session, "commit"
         out.info |= {"resume": open_.resume_after, "moved": open_.moved()}
@@ -285,7 +288,7 @@ class WorkerSession:
         self.ended = open_.session, how
         self.link.stop(reason)
         self._close_ephemeral(open_)
-        if open_.patches is not None and open_.patches.exact and open_.wrote:
+        if open_.wrote and open_.patches and all(p.exact for p in open_.patches):
             open_.wrote = not self._undone(open_.patches)
         if open_.wrote:
             self.mark_dirty(f"update of {open_.owner or 'an unnamed trainer'} failed: {reason}")
@@ -301,9 +304,10 @@ class WorkerSession:
         if not self._undone(last.patches):
             self.mark_dirty("patches of a failed update could not be taken back")
 
-    def _undone(self, patches: PatchUpdate) -> bool:
+    def _undone(self, patches: list[PatchUpdate]) -> bool:
         try:
-            patches.undo()
+            for p in reversed(patches):
+                p.undo()
             self._synchronize()
         # Whatever undoing raises, the weights are mixed now, and must be called so.
         except Exception:
