@@ -86,7 +86,7 @@ def row(source: Place, dest: torch.Tensor) -> Row | None:
     for size, s, _ in reversed(dims):
         if s < inner:
             return None
-        inner = s * size
+        inner += (size - 1) * s
     if len(dims) > MAX_DIMS or any(d < 0 for *_, d in dims):
         return None
     word = WORDS[dest.element_size()]
