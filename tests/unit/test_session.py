@@ -70,7 +70,7 @@ class Worker:
 
     def __init__(self, kind: type[toys.Toy] = Model, rank: int = 0, world: int = 1) -> None:
         self.kind = kind
-        self.host = fresh(kind, 1, rank, world)
+        self.host = fresh(kind, 1, rank % world, world)
         self.importer = Importer()
         self.hosts_made = 0
         self.logged: list[Any] = []
