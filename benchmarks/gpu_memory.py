@@ -11,18 +11,21 @@ from vllm_wt_plugin import WeightSync
 from vllm_wt_plugin.transport.cuda import _allocation
 
 
-def used() -> int:
-    """Bytes in use on the whole device, by whichever process."""
-    free, total = torch.cuda.mem_get_info()
+def used(device: int | None = None) -> int:
+    """Bytes in use on the whole device (default: the current), by whichever process."""
+    free, total = torch.cuda.mem_get_info(device)
     return total - free
 
 
 class MemoryPeak:
     """The device's used bytes above a start value, sampled every 2 ms while active."""
 
+    def __init__(self, device: int | None = None) -> None:
+        self._device = device
+
     def __enter__(self) -> MemoryPeak:
         torch.cuda.synchronize()
-        self.start = self.peak = used()
+        self.start = self.peak = used(self._device)
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._sample, daemon=True)
         self._thread.start()
@@ -30,13 +33,13 @@ class MemoryPeak:
 
     def _sample(self) -> None:
         while not self._stop.wait(0.002):
-            self.peak = max(self.peak, used())
+            self.peak = max(self.peak, used(self._device))
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join()
         self.above = self.peak - self.start
-        self.left = used() - self.start
+        self.left = used(self._device) - self.start
 
 
 def leaks(sync: WeightSync, model: Any, rounds: int = 100, moves: int = 5) -> dict[str, int]:

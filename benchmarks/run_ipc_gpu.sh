@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
-#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small several-ipc
-#          several-nccl bridge-8b bridge-own dropin
+#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small nccl nccl-tests
+#          several-ipc several-nccl bridge-8b bridge-own dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -40,6 +40,8 @@ for name in "$@"; do
       done
       wait ;;
     peer) step peer 170 "$rows" python3 -m benchmarks.peer_gpu --out "$out/b" ;;
+    nccl) step nccl 420 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
+    nccl-tests) step nccl-tests 400 "$said" $py -s tests/gpu/test_nccl.py ;;
     several-ipc) step several-ipc 280 "$rows" \
       python3 -m benchmarks.several_gpus --only ipc --out "$out/b" ;;
     several-nccl) step several-nccl 400 "$rows" \

@@ -144,6 +144,25 @@ def keep_weights_apart() -> None:
     wrap(Worker, "_maybe_get_memory_pool_context", make)
 
 
+def shared_nccl_env() -> AbstractContextManager[object]:
+    """Without the NCCL settings that vLLM pins for its own groups: other processes lack them."""
+    if not current_platform.is_cuda():
+        return nullcontext()
+    try:
+        from vllm.utils.nccl import unpinned_nccl_env
+    except ImportError:  # a version that pins none
+        return nullcontext()
+    unpinned: AbstractContextManager[object] = unpinned_nccl_env()
+    return unpinned
+
+
+def pynccl(unique_id: bytes, rank: int, world_size: int, device: torch.device) -> Any:
+    """vLLM's communicator, as its own `nccl` engine makes it. Blocking, collective."""
+    from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
+
+    return uid_init_process_group(unique_id, rank, world_size, device.index)
+
+
 def engine_core_classes() -> list[type[EngineCore]]:
     return [EngineCore, DPEngineCoreProc]
 

@@ -1,6 +1,7 @@
 """A trainer for toy replicas, in a process of its own: `python -m tests.support.toy_trainer`.
 
     URLS SEED TIMEOUT_S FAULT      FAULT: none, or kill:N, stop:N, leave:N (exit) at the N-th tensor
+                                   or sharded:RANK:PORT, one of two ranks that gather
 
 Prints what a push raised, or `pushed`; the exit code is the interpreter's own.
 """
@@ -52,7 +53,34 @@ def start(urls: list[str], seed: int, timeout_s: float, fault: str) -> subproces
     )  # fmt: skip
 
 
+def sharded(urls: list[str], seed: int, rank: int, port: int) -> None:
+    """FSDP2's tensors: both ranks push, one of them sends; a refused push leaves both in step."""
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    mesh = init_device_mesh("cpu", (2,))
+    tensors = {
+        n: distribute_tensor(t, mesh, [Shard(0)]) if t.dim() else t
+        for n, t in weights(seed).items()
+    }
+    with WeightSync(urls, backend="nccl", buffer_bytes=BUFFER, timeout_s=20) as sync:
+        try:
+            sync.push(tensors | {"extra": tensors[next(iter(tensors))]})
+        except WeightSyncError as exc:
+            print(f"{type(exc).__name__}", flush=True)
+        total = torch.ones(1)
+        dist.all_reduce(total)
+        report = sync.push(tensors, version="sharded")
+        dist.all_reduce(total)
+    print(f"{int(total)} pushed to {len(report.replicas)}", flush=True)
+    dist.destroy_process_group()
+
+
 def main(urls: str, seed: str, timeout_s: str, fault: str) -> None:
+    if fault.startswith("sharded:"):
+        return sharded(urls.split(","), int(seed), *map(int, fault.split(":")[1:]))
     source = Faulty(weights(int(seed)))
     source.fault = fault
     sync = WeightSync(

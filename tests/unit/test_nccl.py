@@ -6,20 +6,26 @@ the next push makes a new group by itself and heals them, on either side of what
 
 from __future__ import annotations
 
+import base64
+import importlib.util
 import os
+import pickle  # noqa: TID251 (what vLLM writes, to be read without it)
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from tests.support import toy_trainer
-from tests.support.toy_replica import ToyReplica, weights
+from tests.support.toy_replica import UPSTREAM, ToyReplica, weights
 from tests.support.toy_trainer import BUFFER, Faulty
+from tests.unit.toys import specs_of
 from vllm_wt_plugin import (
     NotJoined,
     PlanError,
@@ -29,8 +35,12 @@ from vllm_wt_plugin import (
     WeightSync,
 )
 from vllm_wt_plugin.trainer.source import MappingSource
+from vllm_wt_plugin.transport.backends import Member
+from vllm_wt_plugin.transport.group import join, listen
+from vllm_wt_plugin.wire.buckets import cut_as_vllm, size
 from vllm_wt_plugin.wire.nccl import SAMPLE, checked
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.worker.pynccl import ID_BYTES, given, read_id
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
 
@@ -263,6 +273,20 @@ def test_a_trainer_that_stands_still_past_the_deadline(pair: list[ToyReplica]) -
     assert all_serve(pair, 3, "process 3")
 
 
+@pytest.mark.full  # importing DTensor twice takes longer than all else here
+def test_a_trainer_of_two_ranks(pair: list[ToyReplica]) -> None:
+    """Both gather, rank 0 sends; one that is refused walks on, so that the ranks stay in step."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    urls = [r.url for r in pair]
+    ranks = [toy_trainer.start(urls, 3, 20.0, f"sharded:{r}:{port}") for r in range(2)]
+    said = [p.communicate(timeout=240)[0] for p in ranks]
+    assert said == ["PlanError\n4 pushed to 2\n", "4 pushed to 0\n"]
+    assert [p.returncode for p in ranks] == [0, 0]
+    assert all_serve(pair, 3, "sharded")
+
+
 @pytest.mark.parametrize("fault", ["kill:2", "stop:2"])
 def test_one_of_three_replicas_is_lost_in_the_middle(pair: list[ToyReplica], fault: str) -> None:
     with ToyReplica(fault) as third, connect(pair[0], third, pair[1], timeout_s=3.0) as sync:
@@ -299,6 +323,108 @@ def test_a_flipped_bit_is_not_committed(pair: list[ToyReplica]) -> None:
         assert "checksum" in status["reason"]
         sync.push(weights(2), version="v2")
         assert all_serve([pair[0], third], 2, "v2")
+
+
+def vllms(module: str) -> Any:
+    """One of vLLM's own files, without all that its package imports."""
+    spec = importlib.util.find_spec("vllm")
+    if spec is None or not spec.submodule_search_locations:
+        pytest.skip("vLLM is not installed")
+    path = Path(spec.submodule_search_locations[0], "distributed/weight_transfer", module)
+    own = importlib.util.spec_from_file_location("vllms_own", path)
+    assert own is not None
+    assert own.loader is not None
+    made = importlib.util.module_from_spec(own)
+    own.loader.exec_module(made)
+    return made
+
+
+def their_chunks(tensors: dict[str, torch.Tensor], nbytes: int) -> list[Any]:
+    pack, rows = vllms("packed_tensor.py").pack_tensors, iter(tensors.items())
+    return list(iter(lambda: pack(rows, lambda row: row[1], nbytes), None))
+
+
+@pytest.mark.filterwarnings("ignore:Tensor")
+@pytest.mark.parametrize("nbytes", [1, 64, 700, 1200, 1 << 20])
+def test_buckets_are_vllms_own(nbytes: int) -> None:
+    tensors = weights(2)
+    mine = cut_as_vllm(specs_of(tensors), nbytes)
+    theirs = their_chunks(tensors, nbytes)
+    assert [[p.spec.name for p in b] for b in mine] == [c.names for c in theirs]
+    assert [size(b) for b in mine] == [c.packed_tensor.numel() for c in theirs]
+    for bucket, chunk in zip(mine, theirs, strict=True):
+        for p in bucket:
+            have = chunk.packed_tensor[p.offset : p.offset + p.nbytes].clone()
+            want = tensors[p.spec.name]
+            assert torch.equal(have.view(want.dtype).view(want.shape), want)
+
+
+class TheirTrainer:
+    """vLLM's `NCCLTrainerWeightTransferEngine` on gloo: its requests, its order, its buckets."""
+
+    def __init__(self, replica: ToyReplica, *, packed: bool) -> None:
+        self.http, self.packed = replica.http, packed
+        store = listen("127.0.0.1")
+        at = Member(host="127.0.0.1", port=store.port, group=UPSTREAM, rank=0, world_size=3)
+        info = {
+            "master_address": at.host, "master_port": at.port, "rank_offset": 1, "world_size": 3,
+            "packed": packed, "packed_buffer_size_bytes": BUFFER, "packed_num_buffers": 2,
+        }  # fmt: skip
+        with ThreadPoolExecutor(1) as beside:
+            asked = beside.submit(self.post, "init_weight_transfer_engine", {"init_info": info})
+            self.group = join(at, torch.device("cpu"), 20, threading.Event(), store)
+            asked.result()
+
+    def post(self, path: str, body: Any = None) -> None:
+        response = self.http.post(f"/{path}", json=body)
+        assert response.status_code == 200, response.text
+
+    def send(self, tensors: dict[str, torch.Tensor], *, named: bool = True) -> None:
+        info = {"names": [], "dtype_names": [], "shapes": []}
+        if named:
+            info = {
+                "names": list(tensors),
+                "dtype_names": [str(t.dtype).split(".")[-1] for t in tensors.values()],
+                "shapes": [list(t.shape) for t in tensors.values()],
+            }
+        self.post("start_weight_update")
+        with ThreadPoolExecutor(1) as beside:
+            asked = beside.submit(self.post, "update_weights", {"update_info": info})
+            if self.packed:
+                parts = [c.packed_tensor for c in their_chunks(tensors, BUFFER)]
+            else:
+                parts = [t.contiguous().view(-1).view(torch.uint8) for t in tensors.values()]
+            for part in parts:
+                pending = self.group.broadcast(part)
+                assert until(pending.done)
+            asked.result()
+        self.post("finish_weight_update", {"weight_version": "theirs"})
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_vllms_own_trainer(pair: list[ToyReplica], packed: bool) -> None:
+    trainer = TheirTrainer(pair[1], packed=packed)
+    trainer.send(weights(3))
+    assert pair[1].serves(3, "theirs")
+    trainer.send(weights(2), named=False)  # as last time
+    assert pair[1].serves(2, "theirs")
+    trainer.group.close()
+
+
+def test_the_id_in_vllms_store_is_read_without_unpickling() -> None:
+    wrapper = pytest.importorskip("vllm.distributed.device_communicators.pynccl_wrapper")
+    made = wrapper.ncclUniqueId()
+    for i in range(ID_BYTES):
+        made.internal[i] = i % 100
+    assert read_id(pickle.dumps(made)) == bytes(i % 100 for i in range(ID_BYTES))
+    for odd in (b"", b"no pickle", pickle.dumps([1, b"short"])):
+        with pytest.raises(TransferError, match="no NCCL id"):
+            read_id(odd)
+    text = base64.b64encode(bytes(range(ID_BYTES))).decode()
+    assert given(text) == bytes(range(ID_BYTES))
+    for odd_text in (text[:-4], "*" * 172, ""):
+        with pytest.raises(RequestError, match="128 bytes"):
+            given(odd_text)
 
 
 def test_a_replica_that_was_started_anew_is_met_again(pair: list[ToyReplica]) -> None:

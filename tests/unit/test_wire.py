@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from vllm_wt_plugin import errors
 from vllm_wt_plugin.errors import HandleError, RequestError, WeightSyncError
-from vllm_wt_plugin.wire import buckets, exchange, handles, messages, nccl, params
+from vllm_wt_plugin.wire import buckets, exchange, handles, messages, params
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.buckets import cut, row_bytes
 from vllm_wt_plugin.wire.handles import (
@@ -27,6 +27,7 @@ from vllm_wt_plugin.wire.handles import (
     TensorRef,
     contiguous_stride,
 )
+from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed, Written
 from vllm_wt_plugin.wire.params import ITEMSIZE, MAX_ELEMENTS, ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
 from vllm_wt_plugin.wire.sparse import patches
@@ -491,12 +492,13 @@ VERBS: list[Any] = [
     msg.PreparePart(KEY, KEY, ({"": registration(ref((4, 4)))},)),
     msg.PreparePatches(KEY, patch_push()),
     msg.Sums(["a.weight"]),
-    msg.Announce(KEY, KEY, None),
+    msg.Announce(KEY, KEY, None, KEY, "sample", 7),
     msg.Bucket("", 3),
-    nccl.Joined(),
-    nccl.Receive(KEY),
-    nccl.Progress(KEY),
-    nccl.Written(KEY, ["a.weight"]),
+    Joined(),
+    Receive(KEY),
+    ReceiveNamed(KEY, (ParamSpec("w", "bfloat16", (4, 4)),)),
+    Progress(KEY),
+    Written(KEY, ["w"]),
     msg.Apply(KEY),
     msg.Commit(KEY, None),
     msg.Abort("", "why"),

@@ -18,7 +18,7 @@ from vllm_wt_plugin.errors import (
     from_dict,
 )
 from vllm_wt_plugin.server.metrics import metrics
-from vllm_wt_plugin.wire import broadcast, exchange
+from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import worst
@@ -33,7 +33,7 @@ class EngineControl:
         self.engine = engine  # vLLM's EngineClient (AsyncLLM)
         self.metrics = metrics()
         self.dirty = ""  # why requests are refused; as of the last reply
-        self._in_place = ""  # session of the update in place that was opened last
+        self._quick = ""  # session of the update that was last opened in one call
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()  # one resumes while the other has not dropped its caches
 
@@ -70,24 +70,33 @@ class EngineControl:
         return await self._at_once(name, request, exchange.push(request))
 
     async def start(self, body: msg.StartBody) -> exchange.Outcome:
-        """Open an update; one in place in one call of an idle core."""
-        if body.attached is None:
+        """Open an update; one in place, or that is broadcast, in one call of an idle core."""
+        if body.attached is None and body.group is None:
             return await self.run(exchange.start(body))
         outcome = await self._at_once("weight_start", body, exchange.start(body))
-        self._in_place = outcome.session
+        self._quick = outcome.session
         return outcome
 
     async def finish(self, body: msg.FinishBody) -> exchange.Outcome:
-        """Commit the open update; one in place in one call of an idle core."""
-        if not body.session or body.session != self._in_place:
+        """Commit the open update; one that began so in one call of an idle core."""
+        if not body.session or body.session != self._quick:
             return await self.run(exchange.finish(body))
         return await self._at_once("weight_finish", body, exchange.finish(body))
 
+    @property
+    def by_group(self) -> bool:
+        """Whether vLLM's own clients send their bytes through a group."""
+        return bool(self.engine.vllm_config.weight_transfer_config.backend == "nccl")
+
     async def receive(
-        self, session: str, gone: Callable[[], Awaitable[bool]], period_s: float = 0.5
+        self,
+        steps: exchange.Steps,
+        session: str,
+        gone: Callable[[], Awaitable[bool]],
+        period_s: float = 0.5,
     ) -> exchange.Outcome:
         """Take a broadcast; ended when the trainer who waits for it is `gone`."""
-        task = self._spawn(self._record(self._in_turn(broadcast.receive(session))))
+        task = self._spawn(self._record(self._in_turn(steps)))
         while not (await asyncio.wait({task}, timeout=period_s))[0]:
             if await gone():
                 reason = "the trainer has gone away"

@@ -80,10 +80,11 @@ async def update_weights(request: Request, control: EngineControl) -> dict[str, 
     if any(i.ipc_handles_pickled is not None for i in infos):
         require_token(request.scope)
         infos = await asyncio.to_thread(lambda: [i.unpickled() for i in infos])
-    if any(i.broadcast for i in infos):
-        outcome = await control.receive(body.session, request.is_disconnected)
-    else:
+    steps = broadcast.update(infos, body.session, by_group=control.by_group)
+    if steps is None:
         outcome = await control.run(exchange.update(infos, body.session))
+    else:
+        outcome = await control.receive(steps, body.session, request.is_disconnected)
     return {"message": "Weights updated", **_told(outcome)}
 
 

@@ -26,7 +26,7 @@ from vllm_wt_plugin.trainer.packed import Rows
 from vllm_wt_plugin.trainer.replicas import ask, culprits, gather, shared
 from vllm_wt_plugin.trainer.source import device_of, gathers
 from vllm_wt_plugin.transport import group, nccl
-from vllm_wt_plugin.wire.buckets import Piece, apart, cut, size
+from vllm_wt_plugin.wire.buckets import Bucket, Geometry, buckets_of, size
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.messages import Announcement, FinishBody, PlanReport, StartBody
 from vllm_wt_plugin.wire.nccl import checked
@@ -53,7 +53,7 @@ class Broadcaster:
         self.options, self._owner, self._pool, self._plans = options, owner, pool, plans
         self._meeting: Meeting | None = None
         self._announcement: Announcement | None = None
-        self._buckets: list[list[Piece]] = []
+        self._buckets: list[Bucket] = []
         self._memory: list[torch.Tensor] = []
         self._known: dict[str, str] = {}  # replica → the announcement it holds
         self._round = 0
@@ -84,9 +84,10 @@ class Broadcaster:
         specs, o = source.specs, self.options
         if self._announcement is not None and self._announcement.specs == specs:
             return
-        self._buckets = cut(specs, o.buffer_bytes) if o.packed else apart(specs)
+        how: Geometry = "rows" if o.packed else "apart"
+        self._buckets = buckets_of(specs, how, o.buffer_bytes)
         self._announcement = Announcement(
-            secrets.token_hex(16), specs, o.buffer_bytes, packed=o.packed
+            secrets.token_hex(16), specs, o.buffer_bytes, geometry=how
         )
         self._memory = []
 

@@ -16,6 +16,7 @@ import time
 import weakref
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
 
@@ -99,7 +100,9 @@ def join(
                 )
             time.sleep(0.005)
 
-    with told(f"rank {at.rank}"):
+    # What is made here belongs to the device, which a new thread does not know.
+    on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    with told(f"rank {at.rank}"), on:
         store = store or _connect(at, wait)
         keys = PrefixStore(at.group, store)
         store.set_timeout(timedelta(seconds=timeout_s))

@@ -12,7 +12,9 @@ from vllm_wt_plugin.errors import NoUpdate, TransferError
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps, agree
-from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive
+from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed
+from vllm_wt_plugin.wire.params import ParamSpec, check_specs
+from vllm_wt_plugin.wire.update import UpdateInfo
 
 
 def join(info: dict[str, Any]) -> Steps:
@@ -32,12 +34,39 @@ def join(info: dict[str, Any]) -> Steps:
     return Outcome(replies[0].state.version, exchange.slowest(replies), None)
 
 
-def receive(session: str = "") -> Steps:
+def update(infos: list[UpdateInfo], session: str, *, by_group: bool) -> Steps | None:
+    """How the bytes of this part are received; None where it hands them over in memory.
+
+    `by_group`: who only names tensors sends them through a group, as vLLM's `nccl` does.
+    """
+    if any(i.broadcast for i in infos):
+        return receive(session)
+    if by_group and len(infos) == 1 and _only_names(infos[0]):
+        return named(infos[0], session)
+    return None
+
+
+def _only_names(info: UpdateInfo) -> bool:
+    memory = info.storages or info.handles or info.ipc_handles or info.ipc_handles_pickled
+    return not memory and info.bucket is None and info.update_kind == "dense"
+
+
+def named(info: UpdateInfo, session: str = "") -> Steps:
+    """The same for vLLM's own trainers, which name the tensors where ours announce them."""
+    info.check_sizes("dtype_names", "shapes")
+    specs = tuple(map(ParamSpec, info.names, info.dtype_names, info.shapes))
+    check_specs(specs)
+    return (yield from receive(session, ReceiveNamed(session, specs, info.packed), specs))
+
+
+def receive(
+    session: str = "", begin: msg.Verb | None = None, specs: tuple[ParamSpec, ...] = ()
+) -> Steps:
     """All buckets of the open, announced update, through its trainer's group."""
     seconds: dict[str, float] = {}
     try:
-        replies = yield Call((Receive(session),))
-        agree(replies)
+        replies = yield Call((begin or Receive(session),))
+        agree(replies, specs)
         while any(r.info["receiving"] for r in replies):
             yield Rest()
             replies = yield Call((Progress(session),))

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire.params import ParamSpec
 
+# Rows in buffers of one size; a tensor by itself; vLLM's own.
+Geometry = Literal["rows", "apart", "vllm"]
 ALIGN = 256  # bytes; what copies and views of any dtype want
 
 
@@ -30,6 +33,9 @@ class Piece:
     @property
     def nbytes(self) -> int:
         return row_bytes(self.spec) * self.rows
+
+
+Bucket = list[Piece]
 
 
 def row_bytes(spec: ParamSpec) -> int:
@@ -72,6 +78,30 @@ def cut(specs: Iterable[ParamSpec], buffer_bytes: int) -> list[list[Piece]]:
 def apart(specs: Iterable[ParamSpec]) -> list[list[Piece]]:
     """A bucket for each tensor that has elements."""
     return [[Piece(s, 0, s.shape[0] if s.shape else 1, 0)] for s in specs if s.numel]
+
+
+def cut_as_vllm(specs: Iterable[ParamSpec], buffer_bytes: int) -> list[list[Piece]]:
+    """The buckets of vLLM's own packed trainers (its `weight_transfer/packed_tensor.py`): whole
+    tensors without gaps; a bucket ends with the tensor that takes it beyond `buffer_bytes`."""
+    buckets: list[list[Piece]] = []
+    current: list[Piece] = []
+    used = 0
+    for spec in specs:
+        if not spec.numel:
+            continue
+        current.append(Piece(spec, 0, spec.shape[0] if spec.shape else 1, used))
+        used += spec.nbytes
+        if used > buffer_bytes:
+            buckets.append(current)
+            current, used = [], 0
+    return [*buckets, current] if current else buckets
+
+
+def buckets_of(specs: Iterable[ParamSpec], geometry: Geometry, buffer_bytes: int) -> list[Bucket]:
+    """How these tensors travel. Raises RequestError as `cut`."""
+    if geometry == "apart":
+        return apart(specs)
+    return (cut if geometry == "rows" else cut_as_vllm)(specs, buffer_bytes)
 
 
 def size(bucket: list[Piece]) -> int:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from vllm_wt_plugin.errors import EngineDirty, HandleError, RequestError, UpdateInProgress
+from vllm_wt_plugin.wire import decoding
+from vllm_wt_plugin.wire.buckets import Geometry
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
-from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, Verify, Written
+from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed, Verify, Written
 from vllm_wt_plugin.wire.params import Name, ParamSpec, Session, Text, Version
 from vllm_wt_plugin.wire.patches import Checksum, PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
-T = TypeVar("T")
+decode, convert = decoding.decode, decoding.convert
 PROTOCOL = 1
 LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
 
@@ -61,7 +63,7 @@ class Announcement(_Data, frozen=True):
     specs: Annotated[tuple[ParamSpec, ...], msgspec.Meta(min_length=1, max_length=2**20)]
     buffer_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)]
     buffers: Annotated[tuple[Registration, ...], msgspec.Meta(max_length=2**13)] = ()
-    packed: bool = True  # False: a bucket per tensor
+    geometry: Geometry = "rows"
     ranks: Annotated[int, msgspec.Meta(ge=1, le=2**10)] = 1
 
 
@@ -256,7 +258,8 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 Verb = (
     Status | Init | Joined | Begin | Prepare | PreparePart | PreparePatches | Sums | Announce
-    | Receive | Progress | Written | Bucket | Apply | Commit | Abort | MarkDirty | SetVersion
+    | Receive | ReceiveNamed | Progress | Written | Bucket | Apply | Commit | Abort | MarkDirty
+    | SetVersion
     | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
@@ -340,28 +343,3 @@ class Reply(_Data, frozen=True):
 
 def reply_from(data: Any) -> Reply:
     return msgspec.convert(data, Reply)
-
-
-def decode(decoder: msgspec.json.Decoder[T] | msgspec.msgpack.Decoder[T], data: bytes) -> T:
-    """Decode or raise RequestError with the path of what is wrong."""
-    try:
-        return decoder.decode(data)
-    except msgspec.ValidationError as exc:
-        raise _refused(exc) from exc
-    except RecursionError as exc:
-        raise RequestError("the body is nested too deeply") from exc
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise RequestError(f"the body is not valid JSON: {exc}") from exc
-
-
-def convert(data: object, kind: type[T]) -> T:
-    """Plain data as one of the structs, or RequestError as `decode`."""
-    try:
-        return msgspec.convert(data, kind)
-    except msgspec.ValidationError as exc:
-        raise _refused(exc) from exc
-
-
-def _refused(exc: msgspec.ValidationError) -> RequestError:
-    text, _, path = str(exc).partition(" - at ")
-    return RequestError(text, where=path.strip("`"))

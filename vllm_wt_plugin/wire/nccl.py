@@ -93,6 +93,15 @@ class Receive(_Verb, frozen=True, tag="receive"):
     session: Session
 
 
+class ReceiveNamed(_Verb, frozen=True, tag="receive_named"):
+    """`Announce` and `Receive` in one, in vLLM's words: all tensors of the model, through the
+    group that was joined, in the geometry that its init said. None named: those of last time."""
+
+    session: Session
+    specs: tuple[ParamSpec, ...]
+    packed: bool = False  # where init did not say so
+
+
 class Progress(_Verb, frozen=True, tag="progress"):
     """Copy what has arrived, wait a moment for more; `info["receiving"]`: there is more to come."""
 

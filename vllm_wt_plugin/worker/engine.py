@@ -5,6 +5,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
+from vllm_wt_plugin import _vllm
 from vllm_wt_plugin._vllm import VllmHost, init_logger
 from vllm_wt_plugin.errors import RequestError, from_dict
 from vllm_wt_plugin.sparse.patch import SparseWeightPatch
@@ -23,6 +25,7 @@ from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.sparse import patches
 from vllm_wt_plugin.wire.update import UpdateInfo
+from vllm_wt_plugin.worker import pynccl
 from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.patches import received
 from vllm_wt_plugin.worker.session import WorkerSession
@@ -54,7 +57,7 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
             synchronize=self._synchronize,
             shadow=_shadow(vllm_config),
-            link=Link(rank, device),
+            link=Link(rank, device, partial(pynccl.meet, _vllm.pynccl), _vllm.shared_nccl_env),
         )
 
     def _synchronize(self) -> None:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 
-from vllm_wt_plugin.errors import NoUpdate
+from vllm_wt_plugin.errors import NoUpdate, RequestError
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.nccl import Progress, Receive, Written, checked
+from vllm_wt_plugin.wire.nccl import Progress, Receive, ReceiveNamed, Written, checked
+from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import WAIT_S, Link
 from vllm_wt_plugin.worker.open import Draft, Open
 from vllm_wt_plugin.worker.packed import PackedUpdate
 
-Verb = msg.Announce | msg.Bucket | Receive | Progress | Written
+Verb = msg.Announce | msg.Bucket | Receive | ReceiveNamed | Progress | Written
 
 
 class Incoming:
@@ -21,10 +22,13 @@ class Incoming:
 
     def __init__(self, known: Known, link: Link, synchronize: Callable[[], None]) -> None:
         self._known, self._link, self._synchronize = known, link, synchronize
+        self._last_named: tuple[ParamSpec, ...] = ()  # by vLLM's trainers
 
     def run(self, verb: Verb, open_: Open, out: Draft) -> None:
         if isinstance(verb, msg.Announce):
             return self._announce(verb, open_, out)
+        if isinstance(verb, ReceiveNamed):
+            verb = self._named(verb, open_, out)
         packed = open_.packed
         if packed is None:
             raise NoUpdate("no packed update is announced", next_step="start one")
@@ -51,6 +55,26 @@ class Incoming:
             out.report = announced.plan.report
         names = checked(announced.specs, verb.verify, verb.round)
         open_.packed = PackedUpdate(announced, self._known.host, names)
+
+    def _named(self, verb: ReceiveNamed, open_: Open, out: Draft) -> Receive:
+        """What ours announce, from what vLLM's trainers say."""
+        specs = verb.specs or self._last_named
+        if not specs:
+            raise RequestError("`names` is empty, and nothing was named before")
+        if open_.packed is not None:
+            raise RequestError(
+                "an update that is broadcast comes in one call",
+                next_step="name all tensors in one update_weights, or serve upstream_nccl",
+            )
+        self._link.expect(None)
+        announced, new = self._known.announced(
+            self._link.announcement(specs, verb.packed), out.timed
+        )
+        if new:
+            out.report = announced.plan.report
+        self._last_named = specs
+        open_.packed = PackedUpdate(announced, self._known.host)
+        return Receive(verb.session)
 
     def _bucket(self, index: int, packed: PackedUpdate, open_: Open, out: Draft) -> None:
         """Copy one bucket out of its buffer, which the trainer fills anew when this returns."""

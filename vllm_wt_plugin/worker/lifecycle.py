@@ -38,8 +38,9 @@ def _start_draft(core: Any) -> None:
 def _update(core: Any, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
     session = _session(core)
     infos = msg.convert({"update_info": update_info}, msg.UpdateBody).infos
-    by_group = any(i.broadcast for i in infos)
-    _run(core, broadcast.receive(session) if by_group else exchange.update(infos, session))
+    by_group = core.vllm_config.weight_transfer_config.backend == "nccl"
+    steps = broadcast.update(infos, session, by_group=by_group)
+    _run(core, exchange.update(infos, session) if steps is None else steps)
 
 
 def _finish(core: Any) -> None:

@@ -6,20 +6,25 @@ that status, lease and abort never wait for a network.
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
+import msgspec
 import torch
 
 from vllm_wt_plugin.errors import NoUpdate, TransferError, UnknownRegistration
 from vllm_wt_plugin.transport.backends import Member
 from vllm_wt_plugin.transport.group import Communicator, Joining, join
 from vllm_wt_plugin.transport.nccl import Receiver
-from vllm_wt_plugin.wire.buckets import size
+from vllm_wt_plugin.wire.buckets import Geometry, size
+from vllm_wt_plugin.wire.messages import Announce, Announcement
 from vllm_wt_plugin.wire.nccl import NcclInit
+from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.packed import PackedUpdate
 
-WAIT_S = 0.03  # for which one verb keeps the worker: others queue behind it
+WAIT_S = 0.05  # for which one verb keeps the worker: others queue behind it
 
 # vLLM's own rendezvous: payload, rank in the group, device, what ends the wait.
 PyNccl = Callable[[NcclInit, int, torch.device, threading.Event], Communicator]
@@ -31,8 +36,15 @@ class Link:
     Whatever fails or is aborted ends the group: the trainer makes a new one.
     """
 
-    def __init__(self, rank: int, device: torch.device, pynccl: PyNccl | None = None) -> None:
+    def __init__(
+        self,
+        rank: int,
+        device: torch.device,
+        pynccl: PyNccl | None = None,
+        shared_env: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ) -> None:
         self._rank, self._device, self._pynccl = rank, device, pynccl
+        self._shared_env = shared_env  # active while a group with other processes is made
         self.init: NcclInit | None = None
         self._joining: Joining | None = None
         self._group: Communicator | None = None
@@ -54,7 +66,8 @@ class Link:
             host=init.master_address or "", port=init.master_port or 0, group=init.group or "",
             rank=rank, world_size=init.world_size,
         )  # fmt: skip
-        return join(at, self._device, init.rendezvous_s, stop)
+        with self._shared_env():
+            return join(at, self._device, init.rendezvous_s, stop)
 
     def joined(self) -> bool:
         """Whether this rank is in the group, after a moment's wait. Raises TransferError."""
@@ -79,6 +92,16 @@ class Link:
                 "the worker is not in this trainer's group",
                 next_step="init the transfer engine again",
             )
+
+    def announcement(self, specs: tuple[ParamSpec, ...], packed: bool) -> Announce:
+        """What vLLM's trainers leave unsaid of these tensors; the same for the same."""
+        init = self.init
+        if init is None:
+            raise NoUpdate("no group was joined", next_step="init the transfer engine")
+        geometry: Geometry = "vllm" if packed or init.packed else "apart"
+        made = Announcement("0" * 32, specs, init.packed_buffer_size_bytes, geometry=geometry)
+        key = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).hexdigest()
+        return Announce("", key, msgspec.structs.replace(made, id=key))
 
     def receive(self, update: PackedUpdate) -> None:
         """Begin to take all buckets of `update`."""

@@ -10,7 +10,7 @@ from vllm_wt_plugin.errors import HandleError, PlanError, RequestError
 from vllm_wt_plugin.sparse.checksum import checksum_run, wrap
 from vllm_wt_plugin.transport import nccl
 from vllm_wt_plugin.transport.ipc import Importer
-from vllm_wt_plugin.wire.buckets import Piece, apart, cut, size
+from vllm_wt_plugin.wire.buckets import Piece, buckets_of, size
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import Announcement
 from vllm_wt_plugin.worker.plan.batch import Batch
@@ -37,7 +37,7 @@ class Announced:
         self.plan, self.importer = plan, importer
         self.registrations = _nearest(new, importer, rank)
         self.specs = new.specs
-        self.buckets = cut(new.specs, new.buffer_bytes) if new.packed else apart(new.specs)
+        self.buckets = buckets_of(new.specs, new.geometry, new.buffer_bytes)
         self.memory: list[torch.Tensor] = []
         self.batches: dict[int, Batch] = {}  # by bucket, once built
         try:
@@ -106,7 +106,9 @@ class PackedUpdate:
         a, index = self._announced, self._next
         memory = a.memory[index % len(a.memory)]
         pieces = [(p, _rows(memory, p)) for p in a.buckets[index]]
-        a.batches[index] = self._update.receive_pieces(pieces, a.batches.get(index))
+        batch = self._update.receive_pieces(pieces, a.batches.get(index))
+        if all(rows.data_ptr() == memory.data_ptr() + p.offset for p, rows in pieces):
+            a.batches[index] = batch  # the next one of this index lies where this one does
         for p, rows in pieces:
             if p.spec.name in self.received:
                 start = p.row * (rows.numel() // max(p.rows, 1))
@@ -131,4 +133,6 @@ def _rows(buffer: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The rows of a tensor that lie in a packed buffer."""
     data = buffer[piece.offset : piece.offset + piece.nbytes]
     dtype: torch.dtype = getattr(torch, piece.spec.dtype)
+    if piece.offset % dtype.itemsize:  # in vLLM's buckets, behind a tensor of smaller elements
+        data = data.clone()
     return data.view(dtype).view(piece.shape)

@@ -25,7 +25,8 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.nccl import Joined, NcclInit, Progress, Receive, Written
+from vllm_wt_plugin.wire.messages import Announce, Bucket
+from vllm_wt_plugin.wire.nccl import Joined, NcclInit, Progress, Receive, ReceiveNamed, Written
 from vllm_wt_plugin.worker.export import Exports
 from vllm_wt_plugin.worker.incoming import Incoming
 from vllm_wt_plugin.worker.known import Known
@@ -118,7 +119,7 @@ class WorkerSession:
                 self._awake()
                 places = self.known.places_for(verb.specs)
                 out.info["sums"], out.report = places.sums_of(verb.names), places.plan.report
-            case msg.Announce() | msg.Bucket() | Receive() | Progress() | Written():
+            case Announce() | Bucket() | Receive() | ReceiveNamed() | Progress() | Written():
                 self.incoming.run(verb, self._mine(verb.session, out), out)
             case msg.Apply():
                 self.apply(verb.session, out)
