@@ -94,7 +94,7 @@ def _weight_sync(self: Any, *args: object, **kwargs: object) -> dict[str, Any]:
 
 def _ours(core: Any) -> bool:
     config = core.vllm_config.weight_transfer_config
-    return config is not None and config.backend == "ipc"
+    return config is not None and config.backend in ("ipc", "nccl")
 
 
 def _lifecycle(original: Any) -> Any:
