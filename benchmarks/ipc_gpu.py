@@ -160,7 +160,7 @@ class Bench:
         self.a, self.result = a, result
         self.folder = shapes.folder(a.shape, Path(f"/tmp/wt-bench-{a.shape}"), layers=layers)
         self.memory = {"tiny": 0.05, "8b": 0.17, "30b-a3b": 0.32}[a.shape]
-        copy = shapes.nbytes(a.shape, layers)
+        self.nbytes = copy = shapes.nbytes(a.shape, layers)
         # Engines that fit at once, beside the trainer's copy and the packed buffers.
         self.at_once = (torch.cuda.mem_get_info()[0] - copy - (4 << 30)) // (copy + ENGINE)
         self.buffer = 4 << 30 if self.at_once > 1 else 2 << 30
@@ -175,6 +175,7 @@ class Bench:
     def run(self) -> None:
         """Start early what fits, so that starts overlap; measure when all of that is up."""
         a = self.a
+        self.result.add("floor: one device copy", floor_ms(self.nbytes))  # while there is room
         with ExitStack() as first, ExitStack() as second:
             up = [self.served(first, "ipc")]
             if self.at_once > 1:
@@ -196,17 +197,16 @@ class Bench:
             if llm is None:
                 self.ours_llm(self.llm("ipc"))
             self.upstream_llm()
-        self.result.add("floor: one device copy", floor_ms(self.nbytes))
 
     def load(self) -> None:
         self.model = shapes.trainer_model(self.folder, "cuda")
         self.small = [p for p in self.model.parameters() if p.dim() == 1]
         self.start = [p.clone() for p in self.small]
         specs = as_source(self.model).specs()
-        self.nbytes = sum(s.nbytes for s in specs)
         layers = self.model.config.num_hidden_layers
         self.result.facts |= {
-            "tensors": len(specs), "bytes": self.nbytes, "shape": self.a.shape, "layers": layers,
+            "tensors": len(specs), "bytes": sum(s.nbytes for s in specs),
+            "shape": self.a.shape, "layers": layers,
         }  # fmt: skip
 
     def step(self) -> None:
