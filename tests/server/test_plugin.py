@@ -68,6 +68,7 @@ def test_register_raises(checkpoint: Callable[..., Path], tmp_path: Path) -> Non
         assert server.complete([5, 6, 7]).status_code == 200
 
 
+@pytest.mark.full
 def test_import_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     env = sabotage.environment(tmp_path / "plugin", "import")
     with Server(checkpoint("qwen3", 1), log(tmp_path), env=env, plugins=PLUGINS) as server:
@@ -76,6 +77,7 @@ def test_import_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
         assert len(lines(server, "no weight routes are served")) == 1
 
 
+@pytest.mark.full
 def test_attach_router_raises(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     """No route of ours stays behind: it would lack its access rules."""
     env = sabotage.environment(tmp_path / "plugin", "attach")
