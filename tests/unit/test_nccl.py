@@ -233,7 +233,7 @@ def test_an_init_that_cannot_work(
 
 def test_a_rank_that_never_joins_is_named(pair: list[ToyReplica]) -> None:
     """The replica answers for two workers, its group waits for three."""
-    with connect(*pair, rendezvous_s=2.0) as sync:
+    with connect(*pair, rendezvous_s=8.0) as sync:
         status = sync._clients[1].status
         sync._clients[1].status = lambda: status() | {"world_size": 3}  # type: ignore[method-assign]
         with pytest.raises((NotJoined, ServerUnreachable), match="4"):

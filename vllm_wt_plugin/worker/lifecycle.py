@@ -24,7 +24,8 @@ def _init(core: Any, init_info: dict[str, Any]) -> None:
 
 
 def _start(core: Any, is_checkpoint_format: bool = True) -> None:
-    body = msg.StartBody("vLLM's own API", LEASE_S, is_checkpoint_format)
+    said = {"is_checkpoint_format": is_checkpoint_format}
+    body = msg.convert({"owner": "vLLM's own API", "lease_s": LEASE_S, **said}, msg.StartBody)
     core._wt_session = _run(core, exchange.start(body)).session
 
 

@@ -93,8 +93,11 @@ def _weight_sync(self: Any, *args: object, **kwargs: object) -> dict[str, Any]:
 
 
 def _ours(core: Any) -> bool:
+    from vllm_wt_plugin import _vllm
+
     config = core.vllm_config.weight_transfer_config
-    return config is not None and config.backend in ("ipc", "nccl")
+    served = config is not None and config.backend in ("ipc", "nccl")
+    return served and _vllm.serves(config.backend)  # registration may have failed half-way
 
 
 def _lifecycle(original: Any) -> Any:
