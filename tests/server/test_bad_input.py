@@ -306,9 +306,7 @@ BAD_PARTS: dict[str, tuple[Callable[[Json], Any], int, tuple[str, ...]]] = {
     "unknown name": (lambda u: at("names", 1)(u, "banana"), 422, ("does not take banana",)),
     "memory that is not there": (
         lambda u: at("storages", 0, "name")(u, f"/wt_{'a' * 32}"), 400, ("is gone",)),
-    "a patch": (lambda u: at("update_kind")(u, "sparse_flat"), 400, ("dense updates",)),
-    "a pickle": (
-        lambda u: at("ipc_handles_pickled")(u, "gASVAAAA"), 400, ("ipc_handles_pickled",)),
+    "a patch": (lambda u: at("update_kind")(u, "sparse_flat"), 400, ("num_updates_list",)),
 }  # fmt: skip
 
 
