@@ -19,6 +19,7 @@ from vllm_wt_plugin.server.routes import status_of
 from vllm_wt_plugin.trainer.client import LLMClient
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush
@@ -152,4 +153,4 @@ class AsyncEngine:
         return await status_of(self._control)
 
     async def shutdown(self) -> None:
-        exchange.agree(await self._control.call(msg.Shutdown()))
+        agree(await self._control.call(msg.Shutdown()))

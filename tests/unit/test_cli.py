@@ -227,8 +227,8 @@ def test_doctor_runs_its_own_tests() -> None:
 
 
 def test_doctor_names_a_failed_test() -> None:
-    with pytest.raises(selftest.Failed):
-        selftest._children([["collective", "no such backend", "0", "1"]])
+    with pytest.raises(selftest.Failed, match="truncated"):
+        selftest._children([["memory"]])  # nothing to read
     found = doctor.tried("x", lambda: selftest._children([["nonsense"]])[0], "do this")
     assert (found.state, found.next_step) == ("problem", "do this")
     assert found.found

@@ -20,6 +20,7 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.handles import Registration, ShmStorage, TensorRef
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.update import UpdateInfo
@@ -214,7 +215,7 @@ def test_a_refused_preparation_writes_nothing_and_goes_on(rank: int) -> None:
     engine.ranks[rank].fail["prepare"] = PlanError("no such name", where="w")
     error = engine.fails(exchange.push(PUSH), PlanError)
     assert "no such name" in str(error)
-    assert engine.log == ["IsPaused", "begin prepare", "abort", "Resume"]
+    assert engine.log == ["IsPaused", "begin prepare", "abort"]
     assert engine.phases == ["IDLE", "IDLE"]
     assert engine.one(msg.Abort).session == engine.one(msg.Begin).session
 
@@ -224,7 +225,7 @@ def test_names_that_only_all_ranks_know_to_be_wrong_write_nothing() -> None:
     for r in engine.ranks:
         r.report = msg.PlanReport(nowhere=["x"])
     engine.fails(exchange.push(PUSH), PlanError)
-    assert engine.log == ["IsPaused", "begin prepare", "abort", "Resume"]
+    assert engine.log == ["IsPaused", "begin prepare", "abort"]
 
 
 def test_a_second_trainer_is_refused_and_disturbs_nothing() -> None:
@@ -419,7 +420,7 @@ def test_a_packed_update_is_announced_with_its_start() -> None:
 @pytest.mark.parametrize(
     ("fail", "log"),
     [
-        ("begin", ["IsPaused", "begin", "abort", "Resume"]),
+        ("begin", ["IsPaused", "begin", "abort"]),
         ("Pause", ["IsPaused", "begin", "Pause", "abort", "Resume"]),
         ("WatchLease", ["IsPaused", "begin", "Pause", "WatchLease", "abort", "Resume"]),
     ],
@@ -525,11 +526,11 @@ def reply(rank: int, report: msg.PlanReport | None = None, error: str = "") -> m
 
 def test_the_first_error_is_told() -> None:
     with pytest.raises(TransferError) as caught:
-        exchange.agree([reply(0), reply(1, error="one"), reply(2, error="two")])
+        agree([reply(0), reply(1, error="one"), reply(2, error="two")])
     assert caught.value.what == "one"
     assert caught.value.where == "rank 1 (and 1 more of 3 ranks)"
     with pytest.raises(TransferError) as alone:
-        exchange.agree([reply(0), reply(1, error="one")])
+        agree([reply(0), reply(1, error="one")])
     assert alone.value.where == "rank 1"
 
 
@@ -539,9 +540,9 @@ def report(**kw: Any) -> msg.PlanReport:
 
 def test_a_name_is_nowhere_if_it_is_nowhere_on_every_rank() -> None:
     """Pipeline stages and expert-parallel ranks each hold only some names."""
-    exchange.agree([reply(0, report(nowhere=["a"])), reply(1, report(nowhere=["b"]))])
+    agree([reply(0, report(nowhere=["a"])), reply(1, report(nowhere=["b"]))])
     with pytest.raises(PlanError, match="1 names end nowhere") as caught:
-        exchange.agree([reply(0, report(nowhere=["a", "b"])), reply(1, report(nowhere=["b", "c"]))])
+        agree([reply(0, report(nowhere=["a", "b"])), reply(1, report(nowhere=["b", "c"]))])
     assert caught.value.where == "b"
 
 
@@ -567,16 +568,16 @@ def test_what_all_ranks_together_leave_is_an_error(
     replies = [reply(i, r) for i, r in enumerate(reports)]
     if left_over:
         with pytest.raises(PlanError, match=r"larger than .* w \(4, 4\)") as caught:
-            exchange.agree(replies, [SPEC])
+            agree(replies, [SPEC])
         assert caught.value.where == "w"
     else:
-        assert exchange.agree(replies, [SPEC]) == reports[0]
+        assert agree(replies, [SPEC]) == reports[0]
 
 
 def test_ranks_that_know_the_plan_already_report_nothing() -> None:
-    assert exchange.agree([reply(0), reply(1)], [SPEC]) is None
+    assert agree([reply(0), reply(1)], [SPEC]) is None
     partly = [reply(0, report(nowhere=["w"])), reply(1)]  # one of them was restarted
-    assert exchange.agree(partly, [SPEC]) is None
+    assert agree(partly, [SPEC]) is None
 
 
 def test_caches_must_be_reset_on_every_engine() -> None:

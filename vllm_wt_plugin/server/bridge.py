@@ -19,6 +19,7 @@ from vllm_wt_plugin.server.access import require_same_host
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import bridge, exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.bridge import refuse_sleep
 
 _export = msgspec.json.Decoder(bridge.ExportBody)
@@ -32,7 +33,7 @@ async def export_cuda_ipc(request: Request, control: EngineControl) -> dict[str,
     body = msg.decode(_export, await request.body())
     verb = msg.Export(secrets.token_hex(16), body.specs, body.owner, body.presence)
     replies = await control.call(verb)
-    exchange.agree(replies)
+    agree(replies)
     exported = msgspec.convert(replies[0].info["exported"], bridge.Exported)
     if folder := os.environ.get("LOGDIR"):
         try:
@@ -77,7 +78,7 @@ async def notify_update(request: Request, control: EngineControl) -> dict[str, A
 async def status(request: Request, control: EngineControl) -> dict[str, Any]:
     """Who is attached, and which model and version is served."""
     replies = await control.call(msg.Status())
-    exchange.agree(replies)
+    agree(replies)
     state, attached = replies[0].state, replies[0].info["attached"]
     return {
         "model": control.engine.vllm_config.model_config.model,
@@ -91,7 +92,7 @@ async def status(request: Request, control: EngineControl) -> dict[str, Any]:
 async def detach(request: Request, control: EngineControl) -> dict[str, Any]:
     """Forget a trainer, or every one. The weights stay as and where they are."""
     body = msg.decode(_detach, await request.body() or b"{}")
-    exchange.agree(await control.call(msg.Detach(body.attached)))
+    agree(await control.call(msg.Detach(body.attached)))
     return await status(request, control)
 
 
@@ -110,7 +111,7 @@ class SleepGate:
         try:
             if Request(scope).query_params.get("level", "1") != "0":
                 replies = await control.call(msg.Status())
-                exchange.agree(replies)
+                agree(replies)
                 refuse_sleep(*(r.info["attached"] for r in replies))
         except WeightSyncError as exc:
             response = JSONResponse(exc.to_dict(), status_code=exc.status)

@@ -20,6 +20,7 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.server.metrics import metrics
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import worst
 
@@ -185,7 +186,7 @@ class EngineControl:
     async def check(self) -> None:
         """Raise unless every worker has the verb (the plugin runs in the workers too)."""
         try:
-            exchange.agree(await self.call(msg.Status()))
+            agree(await self.call(msg.Status()))
         except WeightSyncError:
             raise
         except Exception as exc:

@@ -27,6 +27,7 @@ from vllm_wt_plugin.server.access import require_token
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import Held, held, worst
 
@@ -116,7 +117,7 @@ async def shutdown_weight_transfer_engine(
     request: Request, control: EngineControl
 ) -> dict[str, Any]:
     """Forget the trainer's handles on every worker."""
-    exchange.agree(await control.call(msg.Shutdown()))
+    agree(await control.call(msg.Shutdown()))
     return {"message": "Weight transfer shut down"}
 
 
@@ -164,7 +165,7 @@ async def weight_info(request: Request, control: EngineControl) -> dict[str, Any
 async def update_weight_version(request: Request, control: EngineControl) -> dict[str, Any]:
     """Name the weights that are there, without changing them."""
     version = msg.decode(_version, await request.body()).new_version
-    exchange.agree(await control.call(msg.SetVersion(version)))
+    agree(await control.call(msg.SetVersion(version)))
     await control.engine.update_weight_version(version)
     return {"success": True, "new_version": version}
 
@@ -175,7 +176,7 @@ async def weight_transfer_status(request: Request, control: EngineControl) -> di
 
 async def status_of(control: EngineControl) -> dict[str, Any]:
     replies = await control.call(msg.Status(memory=True))
-    exchange.agree(replies)
+    agree(replies)
     state, last = worst(replies), control.metrics.last
     config = control.engine.vllm_config
     return {

@@ -19,12 +19,14 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.trainer.actors import ActorClient, is_actor
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import Held, held
 
 logger = logging.getLogger(__name__)
+KEEP_ALIVE_S = 2.0
 _JSON: dict[bytes | str, bytes | str] = {"Content-Type": "application/json"}
 
 
@@ -74,7 +76,8 @@ class HTTPClient:
                 f"{url!r} is not a server's address", next_step="use http://host:port"
             )
         # httpx on top of it would take as long again for every request: half a millisecond.
-        self._http = httpcore.ConnectionPool()
+        # Kept shorter than servers keep it (vLLM: 5 s): a request must not meet one being closed.
+        self._http = httpcore.ConnectionPool(keepalive_expiry=KEEP_ALIVE_S)
         self._headers: dict[bytes | str, bytes | str] = {"Host": address.netloc.rpartition("@")[2]}
         if token:
             self._headers["Authorization"] = f"Bearer {token}"
@@ -278,7 +281,7 @@ class LLMClient:
 
     def status(self) -> dict[str, Any]:
         replies = self._call(msg.Status(memory=True))
-        exchange.agree(replies)
+        agree(replies)
         data: dict[str, Any] = msgspec.to_builtins(replies[0].state)
         data["state"] = data.pop("phase")
         config = self._llm.llm_engine.vllm_config
@@ -290,7 +293,7 @@ class LLMClient:
         }
 
     def shutdown(self) -> None:
-        exchange.agree(self._call(msg.Shutdown()))
+        agree(self._call(msg.Shutdown()))
 
     def close(self) -> None:
         """Nothing of the LLM is ours."""

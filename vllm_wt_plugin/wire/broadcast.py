@@ -11,7 +11,8 @@ from typing import Any
 from vllm_wt_plugin.errors import NoUpdate, TransferError
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps, agree
+from vllm_wt_plugin.wire.agreement import agree, slowest
+from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps
 from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.update import UpdateInfo
@@ -31,7 +32,7 @@ def join(info: dict[str, Any]) -> Steps:
     except Exception:
         yield Call((msg.Shutdown(),))  # the others wait for one that will not come
         raise
-    return Outcome(replies[0].state.version, exchange.slowest(replies), None)
+    return Outcome(replies[0].state.version, slowest(replies), None)
 
 
 def update(infos: list[UpdateInfo], session: str, *, by_group: bool) -> Steps | None:
@@ -71,7 +72,7 @@ def receive(
             yield Rest()
             replies = yield Call((Progress(session),))
             agree(replies)
-            for phase, s in exchange.slowest(replies).items():
+            for phase, s in slowest(replies).items():
                 seconds[phase] = seconds.get(phase, 0.0) + s
     except Exception as exc:
         now = yield Call((msg.Status(),))

@@ -11,19 +11,19 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
 
-from vllm_wt_plugin.errors import PlanError, RequestError, TransferError, WeightSyncError, from_dict
+from vllm_wt_plugin.errors import RequestError, TransferError, UpdateInProgress, WeightSyncError
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree, check_patches, check_written, slowest
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.nccl import Written
-from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import PatchPush, added_up, wrong_sums
+from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.sparse import patches
 from vllm_wt_plugin.wire.update import UpdateInfo
 
@@ -145,18 +145,21 @@ def push(request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S) -> 
     was_paused = bool((yield IsPaused()))
     specs = () if isinstance(request, PatchPush) or not request.register else request.register.specs
     done: list[Reply] = []
+    paused = False  # by us
     try:
         begin = msg.Begin(session, request.owner, lease_s, not was_paused)
         ready = yield Call((begin, _prepare(session, request)))
         report = agree(ready, specs)
+        yield from _still_paused(was_paused, ready)
         if isinstance(request, PatchPush):
             check_patches(request, ready)
         if not was_paused:
+            paused = True
             yield Pause()
         done = yield Call((msg.Apply(session), msg.Commit(session, request.version)))
         agree(done)
     except Exception as exc:
-        now = yield from _undo(session, exc, done, resume=not was_paused)
+        now = yield from _undo(session, exc, done, resume=paused)
         if isinstance(exc, WeightSyncError):
             exc.rolled_back = bool(done) and all(r.state.phase == "IDLE" for r in now)
         raise
@@ -169,30 +172,19 @@ def _prepare(session: str, request: msg.PushRequest | PatchPush) -> msg.Verb:
     return msg.Prepare(session, request.registration, request.register, True, request.replaces)
 
 
-def check_patches(push: PatchPush, ready: list[Reply]) -> None:
-    """Raise unless the parts of all ranks add up to what the trainer says its patches change."""
-    ranks = [r.info["sums"] for r in ready]
-    if wrong := sorted(set(wrong_sums(push, ranks))):
-        raise TransferError(
-            f"the checksum of {len(wrong)} tensors is not the trainer's: {', '.join(wrong[:20])}",
-            where=wrong[0],
-            next_step="nothing was written; push dense",
+def _still_paused(was_paused: bool, begun: list[Reply]) -> Generator[Action, Any, None]:
+    """Another API process's update may have ended between the question and our beginning."""
+    if was_paused and any(r.info.get("shared") for r in begun) and not (yield IsPaused()):
+        raise UpdateInProgress(
+            "another update has resumed the engine just now", next_step="try again"
         )
 
 
-def check_written(sums: dict[str, int], replies: list[Reply]) -> None:
-    """Raise unless what every rank has written adds up to the trainer's own checksums."""
-    agree(replies)
-    ranks = [r.info["sums"] for r in replies]
-    wrong = {n for n, have in sums.items() if added_up(ranks, n) not in (None, have)}
-    wrong |= {n for r in replies for n, s in r.info["received"].items() if s != sums[n]}
-    if wrong:
-        raise TransferError(
-            f"the checksum of {len(wrong)} tensors is not the trainer's: "
-            + ", ".join(sorted(wrong)[:20]),
-            where=min(wrong),
-            next_step="nothing was committed; push again",
-        )
+def _end_turn(replies: list[Reply]) -> Generator[Action, Any, None]:
+    """The last step of an update on an engine that several API processes drive."""
+    sessions = {r.info["turn"] for r in replies if "turn" in r.info}
+    if sessions:
+        yield Call(tuple(msg.EndTurn(s) for s in sorted(sessions)))
 
 
 def start(body: msg.StartBody) -> Steps:
@@ -200,6 +192,7 @@ def start(body: msg.StartBody) -> Steps:
     session = secrets.token_hex(16)
     was_paused = bool((yield IsPaused()))
     replies: list[Reply] = []
+    paused = False  # by us
     try:
         verbs: tuple[msg.Verb, ...] = (
             msg.Begin(session, body.owner, body.lease_s, not was_paused),
@@ -208,13 +201,15 @@ def start(body: msg.StartBody) -> Steps:
             verbs += (_announce(session, body),)
         replies = yield Call(verbs)
         report = agree(replies, body.announce.specs if body.announce is not None else ())
+        yield from _still_paused(was_paused, replies)
         if not was_paused:
+            paused = True
             yield Pause()
         if body.attached is not None:  # the trainer may write as soon as it is told
             agree((yield Call((msg.Touch(session, body.attached),))))
         yield WatchLease(session, body.owner, any(r.state.resume_after for r in replies))
     except Exception as exc:
-        yield from _undo(session, exc, [], resume=not was_paused)
+        yield from _undo(session, exc, [], resume=paused)
         raise
     return Outcome(replies[0].state.version, slowest(replies), report, session)
 
@@ -314,9 +309,11 @@ def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) ->
         # New weights with old KV would answer wrongly and in silence.
         why = f"the weights are new, but caches of the old ones could not be dropped: {exc}"
         yield Call((msg.MarkDirty(why, resume),))
+        yield from _end_turn(done)
         raise
     if resume and not any(r.state.asleep for r in done):
         yield Resume()
+    yield from _end_turn(done)
     moved = msgspec.convert(done[0].info.get("moved"), Moved | None)
     return Outcome(version, slowest(all_), report, moved=moved)
 
@@ -325,6 +322,7 @@ def _undo(
     session: str, exc: Exception, done: list[Reply], *, resume: bool
 ) -> Generator[Action, Any, list[Reply]]:
     replies: list[Reply] = yield Call((msg.Abort(session, str(exc)),))
+    ended = [*done, *replies]
     torn = any(r.error is None for r in done) and any(r.error for r in done)
     torn = torn and not all(r.info.get("undone") for r in replies)  # patches are taken back
     dirty = [r.state.reason for r in replies if r.state.phase == "DIRTY"]
@@ -334,58 +332,8 @@ def _undo(
         replies = yield Call((msg.MarkDirty(why, resume),))
     elif resume and all(r.state.phase == "IDLE" and not r.state.asleep for r in replies):
         yield Resume()
+    yield from _end_turn(ended)
     return replies
-
-
-def agree(replies: list[Reply], specs: Iterable[ParamSpec] = ()) -> PlanReport | None:
-    """Raise the first rank's error, or what only all ranks together can know; else rank 0's report.
-
-    A name that no rank takes, or of which all ranks together leave a part, is an error.
-    """
-    failed = [r for r in replies if r.error is not None]
-    if failed:
-        error = from_dict(failed[0].error or {})
-        if len(failed) > 1:
-            error.where += f" (and {len(failed) - 1} more of {len(replies)} ranks)"
-        raise error
-    reports = [r.report for r in replies if r.report is not None]
-    if not reports or len(reports) < len(replies):
-        return None
-    nowhere = set(reports[0].nowhere).intersection(*(r.nowhere for r in reports[1:]))
-    if nowhere:
-        names = sorted(nowhere)
-        raise PlanError(
-            f"{len(names)} names end nowhere in the served model: {', '.join(names[:20])}",
-            where=names[0],
-            next_step="compare the names with the served model's checkpoint",
-        )
-    left = [s for s in specs if _left_over(s, reports)]
-    if left:
-        raise PlanError(
-            "larger than what the served model takes of them: "
-            + ", ".join(f"{s.name} {tuple(s.shape)}" for s in left[:20]),
-            where=left[0].name,
-            next_step="compare shapes with the served model's checkpoint",
-        )
-    return reports[0]
-
-
-def _left_over(spec: ParamSpec, reports: list[PlanReport]) -> bool:
-    parts = [r.consumed.get(spec.name) for r in reports if spec.name not in r.nowhere]
-    return (
-        bool(parts)
-        and all(p is not None for p in parts)
-        and (sum(p or 0 for p in parts) < spec.numel)
-    )
-
-
-def slowest(replies: list[Reply]) -> dict[str, float]:
-    """Of each phase, the seconds of the rank that took longest."""
-    out: dict[str, float] = {}
-    for r in replies:
-        for phase, s in r.seconds.items():
-            out[phase] = max(out.get(phase, 0.0), s)
-    return out
 
 
 def unexpected(exc: Exception) -> WeightSyncError:

@@ -243,6 +243,12 @@ class Abort(_Verb, frozen=True, tag="abort"):
     reason: str
 
 
+class EndTurn(_Verb, frozen=True, tag="end_turn"):
+    """All that this update's process had to do is done: others may begin."""
+
+    session: Session
+
+
 class MarkDirty(_Verb, frozen=True, tag="mark_dirty"):
     reason: str
     resume_after: bool = False  # the update that heals it shall resume the engine
@@ -258,9 +264,8 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 Verb = (
     Status | Init | Joined | Begin | Prepare | PreparePart | PreparePatches | Sums | Announce
-    | Receive | ReceiveNamed | Progress | Written | Bucket | Apply | Commit | Abort | MarkDirty
-    | SetVersion
-    | Shutdown | Export | Detach | Touch
+    | Receive | ReceiveNamed | Progress | Written | Bucket | Apply | Commit | Abort | EndTurn
+    | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])

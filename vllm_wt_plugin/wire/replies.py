@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import msgspec
 
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.exchange import agree
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import Part

@@ -58,6 +58,7 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             synchronize=self._synchronize,
             shadow=_shadow(vllm_config),
             link=Link(rank, device, partial(pynccl.meet, _vllm.pynccl), _vllm.shared_nccl_env),
+            shared=parallel._api_process_count > 1,
         )
 
     def _synchronize(self) -> None:

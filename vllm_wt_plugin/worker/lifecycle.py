@@ -13,6 +13,7 @@ from typing import Any
 from vllm_wt_plugin.errors import NoUpdate, UnsupportedVLLM, WeightSyncError
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.worker.core import perform
 
 REST_S = 0.005
@@ -49,7 +50,7 @@ def _finish(core: Any) -> None:
 
 
 def _shutdown(core: Any) -> None:
-    exchange.agree(perform(core, exchange.Call((msg.Shutdown(),))))
+    agree(perform(core, exchange.Call((msg.Shutdown(),))))
 
 
 CALLS: dict[str, Callable[..., None]] = {

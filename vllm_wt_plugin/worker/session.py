@@ -36,6 +36,7 @@ from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Update, check_equal
+from vllm_wt_plugin.worker.turn import Turn
 
 
 class WorkerSession:
@@ -53,6 +54,7 @@ class WorkerSession:
         synchronize: Callable[[], None],
         shadow: bool = False,
         link: Link | None = None,
+        shared: bool = False,
     ) -> None:
         self.known, self.rank = Known(host, importer, rank=rank, keeps_shadow=shadow), rank
         self.link = link or Link(rank, torch.device("cpu"))
@@ -65,6 +67,7 @@ class WorkerSession:
         self.resume_sticky = False  # a failed update paused the engine; the healing one resumes it
         self.asleep: set[str] = set()
         self.open: Open | None = None
+        self.turn = Turn(shared=shared)
         self.last: Committed | None = None  # patches that another rank's failure may take back
         self.ended = ("", "")  # the last update's session, and `commit`, `abort` or `lease`
 
@@ -111,6 +114,7 @@ class WorkerSession:
                 out.info["joining"] = not self.link.joined()
             case msg.Begin():
                 self.begin(verb)
+                out.info["shared"] = self.turn.shared
             case msg.Prepare() | msg.PreparePart():
                 self.prepare(verb, out)
             case msg.PreparePatches():
@@ -126,11 +130,9 @@ class WorkerSession:
             case msg.Commit():
                 self.commit(verb, out)
             case msg.Abort():
-                if self.open is not None and verb.session in ("", self.open.session):
-                    self.abort(verb.reason)
-                elif self.last is not None and verb.session == self.last.session:
-                    self._take_back()
-                out.info = {"undone": self.ended == (verb.session, "abort") and not self.dirty}
+                self.abort_verb(verb, out)
+            case msg.EndTurn():
+                self.turn.end(verb.session)
             case msg.MarkDirty():
                 self.mark_dirty(verb.reason)
                 self.resume_sticky |= verb.resume_after
@@ -150,6 +152,14 @@ class WorkerSession:
                 self.exports.detach(verb.attached)
             case msg.Touch():
                 self.touch(verb, out)
+
+    def abort_verb(self, verb: msg.Abort, out: Draft) -> None:
+        if self.open is not None and verb.session in ("", self.open.session):
+            self.turn.keep(self.open, out)
+            self.abort(verb.reason)
+        elif self.last is not None and verb.session == self.last.session:
+            self._take_back()
+        out.info |= {"undone": self.ended == (verb.session, "abort") and not self.dirty}
 
     # ---- transitions ------------------------------------------------------------------
 
@@ -278,6 +288,7 @@ class WorkerSession:
             self.last = Committed(open_.session, open_.patches, self.version)
         self.ended = open_.session, "commit"
         out.info |= {"resume": open_.resume_after, "moved": open_.moved()}
+        self.turn.keep(open_, out)
         self.version = self.version if verb.version is None else verb.version
         self.open, self.dirty, self.resume_sticky = None, "", False
 
@@ -328,6 +339,7 @@ class WorkerSession:
         """End an update whose trainer has not called for longer than its lease."""
         if self.open is not None and time.monotonic() > self.open.deadline:
             self.abort(f"its lease of {self.open.lease_s:g} s expired", "lease")
+        self.resume_sticky |= self.turn.expire()  # the next update resumes in its stead
 
     # ---- what they share --------------------------------------------------------------
 
@@ -361,6 +373,7 @@ class WorkerSession:
             )
 
     def _no_update(self, what: str) -> None:
+        self.turn.check(what)
         if self.open is not None:
             raise UpdateInProgress(
                 f"{what} is refused: {self.open}",
