@@ -615,6 +615,39 @@ def test_parts(worker: Worker, size: int, reverse: bool) -> None:
     assert not worker.importer._opened
 
 
+class RetiedPacked(toys.Retied):
+    """The head is computed from what it shares with the embedding."""
+
+    def make(self) -> None:
+        super().make()
+        self.lm_head.quant_method = toys.PackKeep()
+
+
+@pytest.mark.parametrize("kind", ["in_place", "processed"])
+@pytest.mark.parametrize("first", ["embed.weight", "lm_head.weight"])
+def test_tied_names_in_different_parts_must_bring_the_same(kind: str, first: str) -> None:
+    """The later one would win in silence."""
+    worker = Worker(toys.Retied if kind == "in_place" else RetiedPacked)
+    tensors = worker.trainer(2).tensors
+    second = "lm_head.weight" if first == "embed.weight" else "embed.weight"
+    rest = [n for n in tensors if n not in (first, second)]
+    tensors[second] = tensors[first] + 1
+    worker.ok(worker.begin(), worker.prepare(2, A, first), msg.Apply(A))
+    if kind == "in_place":
+        error = worker.refused("PlanError", worker.prepare(2, A, second))
+    else:  # held, until all of them are there
+        worker.ok(worker.prepare(2, A, second, *rest), msg.Apply(A))
+        error = worker.refused("PlanError", msg.Commit(A, "v2"))
+    assert "are one tensor" in error["error"]
+    assert worker.state.phase == "DIRTY"
+    tensors[second].copy_(tensors[first])
+    worker.ok(worker.begin(B))
+    for names in (first, *rest), (second,):
+        worker.ok(worker.prepare(2, B, *names), msg.Apply(B))
+    worker.ok(msg.Commit(B, "v2"))
+    assert worker.holds(2)
+
+
 def test_parts_that_do_not_cover_the_model_are_dirty(worker: Worker) -> None:
     worker.ok(worker.begin(), worker.prepare(2, A, "mla.other.weight"), msg.Apply(A))
     error = worker.refused("PlanError", msg.Commit(A, "v2"))

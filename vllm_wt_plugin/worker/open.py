@@ -18,7 +18,7 @@ from vllm_wt_plugin.worker.export import Attached
 from vllm_wt_plugin.worker.known import Registered
 from vllm_wt_plugin.worker.packed import PackedUpdate
 from vllm_wt_plugin.worker.patches import PatchUpdate
-from vllm_wt_plugin.worker.plan.update import Update
+from vllm_wt_plugin.worker.plan.update import Place, Update
 
 
 @dataclass
@@ -39,6 +39,7 @@ class Open:
     update: Update | None = None  # a complete one, ready for commit
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update
     written: set[str] = field(default_factory=set)
+    filled: dict[Place, str] = field(default_factory=dict)  # by a part of it
     held: dict[str, torch.Tensor] = field(default_factory=dict)
     patches: list[PatchUpdate] = field(default_factory=list)  # each call brings some
     ephemeral: list[str] = field(default_factory=list)  # registrations of this update alone

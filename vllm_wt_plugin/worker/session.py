@@ -35,7 +35,7 @@ from vllm_wt_plugin.worker.open import Committed, Draft, Open
 from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
-from vllm_wt_plugin.worker.plan.update import Update, check_equal
+from vllm_wt_plugin.worker.plan.update import Update, check_equal, check_filled, places
 from vllm_wt_plugin.worker.turn import Turn
 
 
@@ -194,6 +194,7 @@ class WorkerSession:
             self.known.importer.check_alive(verb.registration)
             self.known.importer.wait(held.registration)
             check_equal(held.plan, held.tensors)
+            check_filled(held.plan, held.tensors, open_.filled)
         open_.prepared = held
 
     def prepare_patches(self, verb: msg.PreparePatches, out: Draft) -> None:
@@ -248,6 +249,7 @@ class WorkerSession:
         )
         open_.held |= {n: tensors[n].clone() for n in later}
         open_.written |= tensors.keys() - later
+        open_.filled |= places(plan, tensors)
         open_.parts |= plan.specs
 
     def commit(self, verb: msg.Commit, out: Draft) -> None:
@@ -263,6 +265,7 @@ class WorkerSession:
                         next_step="send all names of a layer in one call",
                     )
                 update = Update(self.known.host, plan)
+                check_equal(plan, open_.held, open_.written)
                 update.assume(open_.written)
                 update.receive(open_.held, lasting=True)
                 update.finish()

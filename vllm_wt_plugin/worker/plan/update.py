@@ -7,7 +7,7 @@ when all tensors come at once.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -22,23 +22,75 @@ from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.ops import storage_key
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.process import changed, install, rerun
-from vllm_wt_plugin.worker.plan.segment import narrow, source_view
+from vllm_wt_plugin.worker.plan.segment import Segment, narrow, source_view
 
 Tensors = Mapping[str, torch.Tensor]
+Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
 
 
-def check_equal(plan: LoadPlan, tensors: Tensors) -> None:
-    """Two names that end in one place must bring the same bits; reads both, writes nothing."""
+def check_equal(plan: LoadPlan, tensors: Tensors, written: Collection[str] = ()) -> None:
+    """Two names that end in one place must bring the same bits; reads both, writes nothing.
+
+    `written`: names that are in live memory already, as they came.
+    """
     for a, b in plan.must_equal:
+        x, y = (_value(plan, tensors, written, s) for s in (a, b))
+        if x is None or y is None:
+            continue
         if a.name in tensors and b.name in tensors:
-            x, y = source_view(tensors[a.name], a.source), source_view(tensors[b.name], b.source)
-            if x.dtype != y.dtype or a.dest != b.dest or not torch.equal(x, y):
-                raise PlanError(
-                    f"{a.name} and {b.name} are one tensor in the served model, "
-                    "and the update brings different values for them",
-                    where=a.name,
-                    next_step="push tied values, or start the engine from an untied checkpoint",
-                )
+            same = x.dtype == y.dtype and torch.equal(x, y)
+        else:  # one of them has the model's dtype by now
+            dtype = min(x.dtype, y.dtype, key=lambda d: d.itemsize)
+            same = torch.equal(x.to(dtype), y.to(dtype))
+        if a.dest != b.dest or not same:
+            raise _tied(a.name, b.name)
+
+
+def _value(
+    plan: LoadPlan, tensors: Tensors, written: Collection[str], seg: Segment
+) -> torch.Tensor | None:
+    if seg.name in tensors:
+        return source_view(tensors[seg.name], seg.source)
+    module, name = seg.target
+    if seg.name in written and module in plan.in_place:
+        return seg.dest.of_tensor(tensors_of_module(plan.modules[module])[name])
+    return None
+
+
+def check_filled(plan: LoadPlan, tensors: Tensors, filled: Mapping[Place, str]) -> None:
+    """The same for an update in parts: what another name has `filled` must get the same bits."""
+    for name, place, source in _copies(plan, tensors):
+        other = filled.get(_key(place), name)
+        if other != name and not torch.equal(place, source.to(place.dtype)):
+            raise _tied(name, other)
+
+
+def places(plan: LoadPlan, tensors: Tensors) -> dict[Place, str]:
+    """What a part of an update fills, and by which name."""
+    return {_key(place): name for name, place, _ in _copies(plan, tensors)}
+
+
+def _copies(plan: LoadPlan, tensors: Tensors) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """Of each plain copy: the name, the live place, the values."""
+    for module in plan.in_place & plan.segments.keys():
+        own = tensors_of_module(plan.modules[module])
+        for seg in plan.segments[module]:
+            if seg.name in tensors:
+                source = source_view(tensors[seg.name], seg.source)
+                yield seg.name, seg.dest.of_tensor(own[seg.target[1]]), source
+
+
+def _key(place: torch.Tensor) -> Place:
+    return place.data_ptr(), tuple(place.shape), place.stride()
+
+
+def _tied(a: str, b: str) -> PlanError:
+    return PlanError(
+        f"{a} and {b} are one tensor in the served model, "
+        "and the update brings different values for them",
+        where=a,
+        next_step="push tied values, or start the engine from an untied checkpoint",
+    )
 
 
 class Replay:
