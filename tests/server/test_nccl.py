@@ -14,6 +14,7 @@ from tests.support.server import Server
 from tests.support.toy_trainer import Faulty
 from tests.support.trainer import TrainerProcess, weights
 from vllm_wt_plugin import RequestError, WeightSync
+from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 
 pytestmark = pytest.mark.server
 BUFFER = 64 << 10
@@ -63,6 +64,32 @@ def test_a_source_that_breaks_off_leaves_dirty_and_the_next_push_heals(two: list
         source.fault = "none"
         sync.push(source, version="healed")
         assert [s.generations() for s in two] == good
+
+
+def test_steps_of_a_bridge_reach_an_engine_on_another_node(
+    two: list[Server], checkpoint: Callable[..., Path]
+) -> None:
+    """The bridge's distributed mode: a model of the trainer's own, sent after every step."""
+    server, folder = two[0], checkpoint("qwen3", 1)
+    config = BridgeConfig(
+        model_name=str(folder), num_inference_nodes=1, nodes=("127.0.0.1",), tensor_port=0,
+        device="cpu", vllm_api_url=server.url, timeout_seconds=60.0,
+    )  # fmt: skip
+    with VLLMWeightBridge(config) as bridge, WeightSync(server.url) as direct:
+        model = bridge.get_trainable_model()
+        optimizer = torch.optim.AdamW(bridge.parameters(), lr=3e-3)
+        said = []
+        for step in ("one", "two"):
+            ids = torch.arange(3, 67).view(4, 16)
+            model(ids, labels=ids).loss.backward()
+            with bridge.update(step):
+                optimizer.step()
+            said.append(server.generations())
+            assert server.status()["version"] == step
+            direct.push(models.build("qwen3", 2))
+            direct.push(model)
+            assert server.generations() == said[-1]
+        assert said[0] != said[1]
 
 
 @pytest.mark.full
