@@ -8,7 +8,7 @@ import msgspec
 
 from vllm_wt_plugin.errors import StateError
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
-from vllm_wt_plugin.wire.params import ParamSpec, Session, Text
+from vllm_wt_plugin.wire.params import Owner, ParamSpec, Session, Version
 
 CONFIG_FILE = "vllm_bridge_config.json"
 
@@ -26,7 +26,7 @@ class ExportBody(_Data, frozen=True):
         None
     )
     presence: ShmStorage | None = None
-    owner: Text = ""
+    owner: Owner = ""
 
 
 class NotifyBody(_Data, frozen=True):
@@ -36,7 +36,7 @@ class NotifyBody(_Data, frozen=True):
     trainer_rank: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 0
     timestamp: float = 0.0  # Unix time, seconds
     attached: Session = ""  # "": whoever attached last
-    version: Annotated[str, msgspec.Meta(min_length=1, max_length=256)] | None = None
+    version: Version | None = None
 
 
 class DetachBody(_Data, frozen=True):

@@ -11,7 +11,7 @@ from vllm_wt_plugin.wire import decoding
 from vllm_wt_plugin.wire.buckets import Geometry
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
 from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed, Verify, Written
-from vllm_wt_plugin.wire.params import Name, ParamSpec, Session, Text, Version
+from vllm_wt_plugin.wire.params import Name, Owner, ParamSpec, Session, Text, Version
 from vllm_wt_plugin.wire.patches import Checksum, PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
@@ -36,7 +36,7 @@ class PushRequest(_Data, frozen=True):
     registration: Hex32
     register: Registration | None = None
     version: Version | None = None
-    owner: Text = ""  # who pushes, for the refusals other trainers get
+    owner: Owner = ""  # who pushes, for the refusals other trainers get
     update_kind: Literal["dense"] = "dense"
     replaces: Hex32 | None = None  # an earlier registration, whose memory the trainer will free
 
@@ -68,7 +68,7 @@ class Announcement(_Data, frozen=True):
 
 
 class StartBody(_Data, frozen=True):
-    owner: Text = ""
+    owner: Owner = ""
     lease_s: Lease = LEASE_S
     is_checkpoint_format: bool = True
     announced: Hex32 | None = None  # a packed update; `announce` is sent once

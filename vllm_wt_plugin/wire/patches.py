@@ -18,10 +18,10 @@ from vllm_wt_plugin.wire.buckets import ALIGN
 from vllm_wt_plugin.wire.handles import Hex32, Registration
 from vllm_wt_plugin.wire.params import (
     Name,
+    Owner,
     ParamSpec,
     Shape,
     Size,
-    Text,
     Version,
     check_specs,
     itemsize,
@@ -52,7 +52,7 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     whole: list[ParamSpec] = []
     sums: list[Checksum] = []
     version: Version | None = None
-    owner: Text = ""
+    owner: Owner = ""
     update_kind: Literal["sparse_flat"] = "sparse_flat"
     form: Literal["buffer", "tensors"] = "buffer"
 
