@@ -504,6 +504,7 @@ VERBS: list[Any] = [
     msg.Apply(KEY),
     msg.Commit(KEY, None),
     msg.Abort("", "why"),
+    msg.EndTurn(KEY),
     msg.MarkDirty("why", True),
     msg.SetVersion("7"),
     msg.Shutdown(),
