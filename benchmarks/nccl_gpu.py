@@ -37,7 +37,7 @@ def broadcasts(group: Group, buffer: torch.Tensor, rounds: int) -> list[float]:
     """Milliseconds of each broadcast of the whole buffer, after a warm-up."""
 
     def once() -> None:
-        pending = group.broadcast(buffer)
+        pending = group.broadcast(buffer, 60)
         while not pending.done():
             time.sleep(1e-4)
 

@@ -13,6 +13,8 @@ import signal
 import socket
 import threading
 import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from types import SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self
 
@@ -42,6 +44,16 @@ def weights(seed: int) -> dict[str, torch.Tensor]:
     return toys.checkpoint(Model(), seed)
 
 
+def forked(target: Callable[..., None], *args: object) -> BaseProcess:
+    """`target`, running in a process forked from one that has imported everything: torch alone
+    takes seconds."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch._dynamo", "uvicorn", "fastapi", __name__])
+    process = context.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
+
+
 class ToyReplica:
     """`faults`: what it does once: `kill:N`, `stop:N` itself at bucket N; `flip:N` a bit of it."""
 
@@ -50,11 +62,7 @@ class ToyReplica:
             s.bind(("127.0.0.1", 0))
             port = s.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
-        # Forked from a process that has imported everything: torch alone takes seconds.
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "uvicorn", "fastapi", __name__])
-        self.process = context.Process(target=main, args=(port, world, *faults), daemon=True)
-        self.process.start()
+        self.process = forked(main, port, world, *faults)
         self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
 
     def wait(self) -> Self:

@@ -8,6 +8,7 @@ Prints what a push raised, or `pushed`; the exit code is the interpreter's own.
 
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from vllm_wt_plugin import WeightSync, WeightSyncError
 from vllm_wt_plugin.trainer.source import MappingSource
 
 BUFFER = 1200  # bytes: a few tensors
+STACKS_S = 30  # one that hangs says where, before its test gives up
 
 
 class Faulty(MappingSource):
@@ -79,6 +81,7 @@ def sharded(urls: list[str], seed: int, rank: int, port: int) -> None:
 
 
 def main(urls: str, seed: str, timeout_s: str, fault: str) -> None:
+    faulthandler.dump_traceback_later(STACKS_S, repeat=True)
     if fault.startswith("sharded:"):
         return sharded(urls.split(","), int(seed), *map(int, fault.split(":")[1:]))
     source = Faulty(weights(int(seed)))

@@ -42,7 +42,11 @@ class Member:
 
 
 class Gloo:
-    """Torch cannot abort gloo: it waits until its sockets close. So they are shut down here."""
+    """Torch cannot abort gloo: it waits until its sockets close. So they are shut down here.
+
+    That ends what has not begun to move; gloo wakes nobody whose bytes are halfway (`tx_`, `rx_`
+    in its `transport/tcp/pair.cc`). Such a thread of gloo's stays until its own `timeout`.
+    """
 
     def __init__(self, at: Member) -> None:
         self._at = at
@@ -62,6 +66,11 @@ class Gloo:
         options._threads = 2
         store = PrefixStore("gloo", keys)
         return dist.ProcessGroupGloo(store, self._at.rank, self._at.world_size, options)
+
+    @staticmethod
+    def timeout(timeout_s: float) -> timedelta:
+        """Of one broadcast, a little later than that of whoever waits for it, who says more."""
+        return timedelta(seconds=max(timeout_s, 0.0) + 1)
 
     def pending(self, work: Any) -> Pending:
         return _GlooWork(work)
@@ -111,6 +120,11 @@ class Nccl:
             for k, v in before.items():
                 os.environ.pop(k) if v is None else os.environ.update({k: v})
 
+    @staticmethod
+    def timeout(timeout_s: float) -> timedelta:
+        """The watchdog's, which would end the process; an abort ends everything under way."""
+        return timedelta(days=1)
+
     def pending(self, work: Any) -> Pending:
         return _NcclWork(work)
 
@@ -155,8 +169,13 @@ def _open_sockets() -> Iterator[socket.socket]:
         try:
             if not os.readlink(f"/proc/self/fd/{fd}").startswith("socket:"):
                 continue
-            s = socket.socket(fileno=os.dup(fd))
+            copy = os.dup(fd)
         except OSError:  # closed meanwhile
+            continue
+        try:
+            s = socket.socket(fileno=copy)
+        except OSError:  # and opened as something else
+            os.close(copy)
             continue
         with s:
             if s.family in (socket.AF_INET, socket.AF_INET6) and s.type == socket.SOCK_STREAM:

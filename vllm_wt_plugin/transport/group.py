@@ -15,7 +15,7 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import nullcontext
 from datetime import timedelta
 from typing import Any, Protocol, TypeVar
@@ -29,6 +29,7 @@ from vllm_wt_plugin.transport.backends import Gloo, Member, Nccl, Pending, first
 
 T = TypeVar("T")
 ATTEMPT_S = 2.0  # one try to connect to the store; it cannot be interrupted
+FREE_S = 1.0  # torch's threads, where they end at all, do so within milliseconds
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
 _ends: weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]]
 _ends = weakref.WeakKeyDictionary()
@@ -41,9 +42,10 @@ class Communicator(Protocol):
     world_size: int
     aborted: str  # why, once it is
 
-    def broadcast(self, tensor: torch.Tensor) -> Pending:
+    def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> Pending:
         """Start to fill `tensor` (contiguous) with rank 0's, after what the current stream has
-        been given. It must stay untouched until the result says `done`."""
+        been given. It must stay untouched until the result says `done`. Whoever asks for that
+        gives up within `timeout_s`, and aborts."""
 
     def abort(self, reason: str) -> None:
         """End it, and whatever waits for it, from any thread. Idempotent."""
@@ -128,7 +130,8 @@ def join(
         left = max(1.0, deadline - time.monotonic())
         group = Group(at, backend, backend.connect(keys, left), (keys, store))
         try:
-            first = group.broadcast(torch.zeros(1, dtype=torch.uint8, device=device))
+            one = torch.zeros(1, dtype=torch.uint8, device=device)
+            first = group.broadcast(one, left)
             wait(first.done, lambda: "the first broadcast did not end")
         except BaseException:
             group.close()
@@ -175,13 +178,13 @@ class Group:
         self._lock = threading.Lock()
         _groups.add(self)
 
-    def broadcast(self, tensor: torch.Tensor) -> Pending:
+    def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> Pending:
         if self.aborted:
             raise TransferError(self.aborted)
         options = dist.BroadcastOptions()
         options.rootRank = options.rootTensor = 0
         options.asyncOp = True
-        options.timeout = timedelta(days=1)  # deadlines are kept by who waits
+        options.timeout = self._backend.timeout(timeout_s)
         with told(f"rank {self.rank}"):
             return self._backend.pending(self._made.broadcast([tensor], options))
 
@@ -192,10 +195,20 @@ class Group:
                 self._backend.abort(self._made)
 
     def close(self) -> None:
-        """Free everything; after the threads that use the group have ended. Idempotent."""
+        """Free everything; after the threads that use the group have ended. Idempotent.
+
+        Gloo's own threads can outlive this (`Gloo.timeout`); another thread waits for them."""
         self.abort("the group is closed")
-        self._made = None  # before its stores: its threads may still ask them
-        self._stores = ()
+        with self._lock:
+            held = [self._made, *self._stores]  # in this order: its threads may still ask them
+            self._made, self._stores = None, ()
+        if held[0] is not None:
+            wait([run(lambda: _free(held), "free", lambda: None)], FREE_S)
+
+
+def _free(held: list[Any]) -> None:
+    while held:
+        del held[0]
 
 
 def _connect(at: Member, wait: Callable[[Callable[[], bool], Callable[[], str]], None]) -> TCPStore:

@@ -60,7 +60,7 @@ class Sender:
     def send(self, nbytes: int) -> None:
         """Broadcast the first bytes of `buffer()`; does not wait."""
         data = self._memory[self._begun % len(self._memory)][:nbytes]
-        self._pending.append(self._group.broadcast(data))
+        self._pending.append(self._group.broadcast(data, self._deadline - time.monotonic()))
         self._begun += 1
 
     def drain(self) -> None:
@@ -157,7 +157,8 @@ class Receiver:
                 if event is not None:
                     torch.cuda.current_stream().wait_event(event)
                 data = self._memory[begun % len(self._memory)][: self._sizes[begun]]
-                pending.append(self._group.broadcast(data))
+                left = self._deadline - time.monotonic()
+                pending.append(self._group.broadcast(data, left))
                 begun += 1
             elif pending and _done(pending[0], self._group, ""):
                 pending.popleft()

@@ -92,7 +92,7 @@ class PyNccl:
         self._made, self._store = made, store
         self._lock = threading.Lock()
 
-    def broadcast(self, tensor: torch.Tensor) -> _Passed:
+    def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> _Passed:
         if self.aborted:
             raise TransferError(self.aborted)
         self._made.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
