@@ -9,7 +9,9 @@ import time
 import httpx
 import pytest
 
+from tests.unit.test_session import Trainer
 from tests.unit.toy_server import ToyEngine, ToyServer
+from vllm_wt_plugin import WeightSync
 
 HEAD = "POST {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}"
 
@@ -48,3 +50,22 @@ def test_a_slow_body_keeps_nobody_waiting() -> None:
             slow.sendall(content[5:])
             assert slow.recv(100).startswith(b"HTTP/1.1 200")
         assert httpx.get(server.url + "/weight_transfer_status").json()["owner"] == "slow"
+
+
+def test_a_wrong_init_reaches_no_worker() -> None:
+    """It is refused with its place, and what trainers have registered stays."""
+    with ToyServer(ToyEngine()) as server, WeightSync(server.url) as sync:
+        sync.push(Trainer(2).tensors)
+        for info in ({"packed": 2**64}, {"world_size": 2**64}):
+            answer = httpx.post(
+                f"{server.url}/init_weight_transfer_engine", json={"init_info": info}
+            )
+            assert (answer.status_code, answer.json()["code"]) == (400, "RequestError"), answer.text
+        assert httpx.get(server.url + "/weight_transfer_status").json()["registrations"]
+
+
+def test_a_broadcast_of_no_update() -> None:
+    with ToyServer(ToyEngine()) as server:
+        body = {"update_info": {"broadcast": True}}
+        answer = httpx.post(f"{server.url}/update_weights", json=body)
+        assert (answer.status_code, answer.json()["code"]) == (409, "NoUpdate"), answer.text

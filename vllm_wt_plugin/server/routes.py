@@ -25,6 +25,7 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.server import bridge
 from vllm_wt_plugin.server.access import require_token
 from vllm_wt_plugin.server.control import EngineControl
+from vllm_wt_plugin.server.openapi import PAUSE_MODES, described
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree
@@ -34,7 +35,6 @@ from vllm_wt_plugin.wire.replies import Held, held, worst
 logger = logging.getLogger("vllm.wt.server")
 Handler = Callable[[Request, EngineControl], Awaitable[dict[str, Any]]]
 
-PAUSE_MODES = ("abort", "wait", "keep")
 _push = msgspec.json.Decoder(msg.PushRequest)
 _patches = msgspec.json.Decoder(PatchPush)
 _names = msgspec.json.Decoder(msg.NamesBody)
@@ -227,7 +227,10 @@ def router() -> APIRouter:
     """All routes; each expects `app.state.wt_control`."""
     out = APIRouter(tags=["weight sync"])
     for (method, path), handler in ROUTES.items():
-        out.add_api_route(path, _answered(handler), methods=[method], name=handler.__name__)
+        out.add_api_route(
+            path, _answered(handler), methods=[method], name=handler.__name__,
+            openapi_extra=described(path),
+        )  # fmt: skip
     return out
 
 

@@ -13,13 +13,14 @@ from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree, slowest
 from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps
-from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed
+from vllm_wt_plugin.wire.nccl import Joined, NcclInit, Progress, Receive, ReceiveNamed
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 
 def join(info: dict[str, Any]) -> Steps:
     """What a trainer says before its first update; ends when every worker is in its group."""
+    msg.convert(info, NcclInit if "world_size" in info else msg.IpcInit)  # nothing was done yet
     try:
         replies = yield Call((msg.Init(info),))
         agree(replies)
@@ -65,9 +66,11 @@ def receive(
 ) -> Steps:
     """All buckets of the open, announced update, through its trainer's group."""
     seconds: dict[str, float] = {}
+    begun = False
     try:
         replies = yield Call((begin or Receive(session),))
         agree(replies, specs)
+        begun = True
         while any(r.info["receiving"] for r in replies):
             yield Rest()
             replies = yield Call((Progress(session),))
@@ -77,7 +80,7 @@ def receive(
     except Exception as exc:
         now = yield Call((msg.Status(),))
         yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
-        if isinstance(exc, NoUpdate):  # between two looks somebody else has ended it
+        if begun and isinstance(exc, NoUpdate):  # between two looks somebody else has ended it
             why = next((r.state.reason for r in now if r.state.reason), "it was aborted")
             raise TransferError(why, next_step="push again") from exc
         raise
