@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes and keeps current.
-.PHONY: help setup demo test test-all lint docs clean
+.PHONY: help setup demo test test-all drills lint docs clean
 PYTHON_IN_VENV := .venv/bin/python
 
 help:
@@ -7,6 +7,7 @@ help:
 	@echo "make demo      reinforcement learning against a live server (about a minute)"
 	@echo "make test      lint, format, types, tests on CPU: what CI runs"
 	@echo "make test-all  the same with the whole test matrix"
+	@echo "make drills    soak, fuzzer and chaos in their long forms (half an hour), into out/drills/"
 	@echo "make lint      lint, format and types alone"
 	@echo "make docs      the site, into site/ (warnings are errors)"
 	@echo "make clean     remove caches and outputs; .venv and .venv-docs stay"
@@ -21,7 +22,10 @@ test:
 	@scripts/test.sh
 
 test-all:
-	@scripts/test.sh "not gpu"
+	@scripts/test.sh "not gpu and not drill"
+
+drills: setup
+	$(PYTHON_IN_VENV) -m pytest tests/drills -m drill -s
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # setup, ruff, mypy, pytest; then how long each took. Exit code 1 if any of them failed.
-#     scripts/test.sh [pytest's -m expression, by default "not full and not gpu"]
+#     scripts/test.sh [pytest's -m expression, by default "not full and not drill and not gpu"]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-marks=${1:-not full and not gpu}
+marks=${1:-not full and not drill and not gpu}
 python=.venv/bin/python
 summary=()
 failed=0

@@ -60,10 +60,14 @@ class ToyReplica:
     def __init__(self, *faults: str, world: int = 1) -> None:
         with socket.socket() as s:
             s.bind(("127.0.0.1", 0))
-            port = s.getsockname()[1]
-        self.url = f"http://127.0.0.1:{port}"
-        self.process = forked(main, port, world, *faults)
+            self._args = (s.getsockname()[1], world, *faults)
+        self.url = f"http://127.0.0.1:{self._args[0]}"
         self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
+        self.start()
+
+    def start(self) -> None:
+        """Again, at the same address, after its process was killed."""
+        self.process = forked(main, *self._args)
 
     def wait(self) -> Self:
         """Until it serves."""
@@ -95,6 +99,8 @@ class ToyReplica:
 
     def signal(self, number: int) -> None:
         os.kill(self.process.pid or 0, number)
+        if number == signal.SIGKILL:
+            self.process.join(20)
 
     def end(self) -> None:
         """Idempotent."""
