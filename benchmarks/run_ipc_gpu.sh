@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
-#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small nccl nccl-tests
+#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small fsdp nccl nccl-tests
 #          several-ipc several-nccl bridge-8b bridge-own dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
@@ -40,6 +40,13 @@ for name in "$@"; do
       done
       wait ;;
     peer) step peer 170 "$rows" python3 -m benchmarks.peer_gpu --out "$out/b" ;;
+    fsdp) # one FSDP rank and one expert-parallel engine on every GPU
+      n=$(nvidia-smi -L | wc -l)
+      config=/tmp/wt-fsdp
+      python3 -c "import pathlib; from benchmarks import shapes
+shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
+      step fsdp 500 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
+        --device cuda --ranks "$n" --config "$config/config.json" --out "$out/fsdp" ;;
     nccl) step nccl 420 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
     nccl-tests) step nccl-tests 400 "$said" $py -s tests/gpu/test_nccl.py ;;
     several-ipc) step several-ipc 280 "$rows" \

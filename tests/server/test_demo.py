@@ -80,3 +80,13 @@ def test_interrupted_demo_leaves_no_server(tmp_path: Path, number: signal.Signal
     assert demo.returncode == 130, text
     assert "interrupted" in text.splitlines()[-1]
     assert living_in(tmp_path) == []
+
+
+@pytest.mark.full
+def test_fsdp_ranks_push_to_the_workers_beside_them(tmp_path: Path) -> None:
+    """Two FSDP2 ranks of an MoE, two workers, each fed by a rank of its own."""
+    with started(tmp_path, "fsdp_ep_ipc.py") as example:
+        text, _ = example.communicate(timeout=560)
+    assert example.returncode == 0, text
+    assert text.splitlines()[-1].startswith("ok: 2 pushes of 2 FSDP ranks")
+    assert living_in(tmp_path) == []
