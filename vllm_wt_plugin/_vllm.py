@@ -1,17 +1,18 @@
 """The one file that knows vLLM's insides, and so the one that differs between its versions.
 
-Everything here was read in vLLM 0.32 and 0.33. Importing this module imports vLLM.
+Everything here was read in vLLM 0.29 to 0.33. Importing this module imports vLLM; whether this is
+a version that it knows, `_version.py` tells before.
 """
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
-import vllm
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
@@ -23,10 +24,10 @@ from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader import utils as loader_utils
 from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
 from vllm.model_executor.model_loader.mtp_validation import disable_mtp_completeness_check
-from vllm.model_executor.model_loader.reload.utils import get_tensor_load_numel
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 from vllm.v1.engine.core import DPEngineCoreProc, EngineCore
+from vllm.v1.engine.core_client import AsyncMPClient
 from vllm.v1.worker.gpu_worker import Worker
 
 from vllm_wt_plugin.errors import UnsupportedVLLM
@@ -34,14 +35,12 @@ from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.plan.blueprint import Blueprint
 from vllm_wt_plugin.worker.plan.host import Hook
 
-SUPPORTED = ((0, 32), (0, 34))  # from, below
 _BLUEPRINT = "_wt_blueprint"
 
 __all__ = [
     "EngineCore",
     "VllmHost",
     "WeightTransferEngine",
-    "check_version",
     "init_logger",
     "keep_weights_apart",
     "swap_engine",
@@ -49,21 +48,6 @@ __all__ = [
     "worker_classes",
     "wrap",
 ]
-
-
-def check_version() -> None:
-    """Raise UnsupportedVLLM unless this vLLM is one the plugin was tried on."""
-    text = vllm.__version__
-    try:
-        version = tuple(int(p) for p in text.split("+")[0].split(".")[:2])
-    except ValueError:
-        version = ()
-    if not SUPPORTED[0] <= version < SUPPORTED[1]:
-        low, high = (".".join(map(str, v)) for v in SUPPORTED)
-        raise UnsupportedVLLM(
-            f"vLLM {text} is not supported",
-            next_step=f"install vLLM >= {low}, < {high}; its own backends stay in use until then",
-        )
 
 
 def wrap(owner: Any, name: str, make: Callable[[Any], Any]) -> None:
@@ -127,6 +111,38 @@ def worker_classes() -> list[type[Worker]]:
     return [Worker, CPUWorker]
 
 
+def plain_experts(experts: Any, layer: nn.Module) -> None:
+    """What the CPU's experts note when they are loaded, without packing the weights."""
+    experts._use_zentorch = False
+    for name in ("use_grouped_topk", "renormalize", "scoring_func", "custom_routing_function"):
+        if hasattr(experts, name):  # 0.29, where they choose each token's experts themselves
+            setattr(experts, name, getattr(layer, name))
+
+
+def experts_apply(experts: type, apply: Callable[..., None]) -> Callable[..., Any]:
+    """`apply` in the form in which this vLLM calls the CPU's experts, by keywords."""
+    if not hasattr(experts, "_select_experts"):
+        return apply
+
+    def choose_and_apply(
+        self: Any, *, hidden_states: torch.Tensor, router_logits: torch.Tensor, **rest: Any
+    ) -> torch.Tensor:
+        grouping = ("num_expert_group", "topk_group", "e_score_correction_bias",
+                    "routed_scaling_factor")  # fmt: skip
+        chosen = {name: rest.pop(name) for name in grouping}
+        weights, ids = self._select_experts(hidden_states, router_logits, **chosen)
+        if rest["apply_router_weight_on_input"]:
+            hidden_states = hidden_states * weights.to(hidden_states.dtype)
+        output = torch.empty_like(hidden_states)
+        apply(
+            self, output=output, hidden_states=hidden_states,
+            topk_weights=weights, topk_ids=ids, **rest,
+        )  # fmt: skip
+        return output
+
+    return choose_and_apply
+
+
 def keep_weights_apart() -> None:
     """Load weights into CUDA segments of their own, which nothing else is ever put into: a handle
     opens a whole segment. Memory that loading frees stays with them."""
@@ -161,6 +177,20 @@ def pynccl(unique_id: bytes, rank: int, world_size: int, device: torch.device) -
     from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
 
     return uid_init_process_group(unique_id, rank, world_size, device.index)
+
+
+def call_every_engine() -> None:
+    """Before 0.32 the API server's client has no call to all data-parallel engines: add it."""
+    if hasattr(AsyncMPClient, "call_utility_all_async"):
+        return
+
+    async def call_utility_all_async(self: Any, method: str, *args: Any) -> list[Any]:
+        engines = self.core_engines
+        return await asyncio.gather(
+            *(self._call_utility_async(method, *args, engine=e) for e in engines)
+        )
+
+    AsyncMPClient.call_utility_all_async = call_utility_all_async
 
 
 def engine_core_classes() -> list[type[EngineCore]]:
@@ -245,7 +275,8 @@ class VllmHost:
         return self._active()
 
     def loadable(self, t: torch.Tensor) -> int:
-        return int(get_tensor_load_numel(t))
+        """Elements that a checkpoint gives: from 0.31 on, loaders declare their padding."""
+        return int(getattr(t, "weight_loader_numel", t.numel()))
 
     def synchronize(self) -> None:
         """Wait until this worker's device has done what was asked of it."""

@@ -69,6 +69,24 @@ def test_register_raises(checkpoint: Callable[..., Path], tmp_path: Path) -> Non
 
 
 @pytest.mark.full
+def test_a_version_that_is_refused(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """One clear line in each process; the backend, and in dev mode the routes, are vLLM's own."""
+    env = fleet.DEV | sabotage.environment(tmp_path / "plugin", "version")
+    with Server(checkpoint("qwen3", 1), log(tmp_path), env=env, plugins=PLUGINS) as server:
+        assert_vllm_alone(server)
+        said = lines(server, "vLLM 0.28.9 is not supported on CPU Next: install vLLM >= ")
+        assert {line.split("vllm_wt_plugin")[1].split(":")[0] for line in said} == {
+            " is off, vLLM's own weight transfer stays in use",
+            "",
+        }
+        assert len(lines(server, "no weight routes are served")) == 1
+        http = server.http
+        assert http.post("/init_weight_transfer_engine", json={"init_info": {}}).status_code == 200
+        assert http.get("/get_world_size").json() == {"world_size": 1}
+        assert "upstream_ipc" not in server.text()
+
+
+@pytest.mark.full
 def test_import_error(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     env = sabotage.environment(tmp_path / "plugin", "import")
     with Server(checkpoint("qwen3", 1), log(tmp_path), env=env, plugins=PLUGINS) as server:

@@ -52,6 +52,12 @@ def _attach_raises() -> None:
     del plugin.AccessMiddleware
 
 
+def _old_vllm() -> None:
+    import vllm
+
+    vllm.__version__ = "0.28.9"
+
+
 def _fail_on_flags() -> None:
     from vllm.v1.engine.core import EngineCore
 
@@ -89,9 +95,13 @@ def _rank() -> int:
 def register() -> None:
     """The entry point. `import` has done its work when this module was loaded."""
     what = os.environ.get("SABOTAGE", "")
-    {"": _fail_on_flags, "register": _register_raises, "attach": _attach_raises}.get(
-        what, lambda: None
-    )()
+    breaks = {
+        "": _fail_on_flags,
+        "register": _register_raises,
+        "attach": _attach_raises,
+        "version": _old_vllm,
+    }
+    breaks.get(what, lambda: None)()
 
 
 if os.environ.get("SABOTAGE") == "import":

@@ -26,6 +26,7 @@ MAX_LINES = 400
 MAY_IMPORT = {
     "errors.py": set(),
     "__init__.py": {".errors", ".sparse.patch", ".trainer", ".bridge"},
+    "_version.py": {".errors", "vllm"},
     "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
     "sparse/cuda_diff.py": {".sparse", "torch", "triton"},
@@ -46,8 +47,10 @@ MAY_IMPORT = {
         ".errors", ".wire", ".transport", ".trainer", ".server.access", ".cli", "torch", "msgspec",
         "typer", "rich",
     },
-    "server/*": {".errors", ".wire", ".server", "._vllm", "msgspec", "fastapi", "starlette",
-        "prometheus_client"},
+    "server/*": {
+        ".errors", ".wire", ".server", "._vllm", "._version", "msgspec", "fastapi", "starlette",
+        "prometheus_client",
+    },
     "worker/plan/kernels.py": {".worker.plan", "torch", "triton"},
     "worker/plan/*": {".errors", ".wire", ".worker.plan", "torch"},
     "worker/known.py": {".errors", ".wire", ".transport", ".worker", "torch"},
@@ -62,12 +65,13 @@ MAY_IMPORT = {
         "vllm",
     },
     "worker/*": {
-        ".errors", ".wire", ".transport", ".worker", "._vllm", "torch", "msgspec", "vllm",
+        ".errors", ".wire", ".transport", ".worker", "._vllm", "._version", "torch", "msgspec",
+        "vllm",
     },
 }  # fmt: skip
 # Only these know vLLM; of them only _vllm.py what differs between versions.
 KNOW_VLLM = {
-    "_vllm.py", "worker/engine.py", "worker/register.py", "worker/cpu_inplace.py",
+    "_version.py", "_vllm.py", "worker/engine.py", "worker/register.py", "worker/cpu_inplace.py",
     "worker/core.py", "worker/lifecycle.py",
 }  # fmt: skip
 HEAVY = {"vllm", "triton", "fastapi", "starlette", "safetensors", "transformers", "ray"}

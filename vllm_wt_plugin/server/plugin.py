@@ -8,7 +8,9 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
+from fastapi.routing import APIRoute
 from starlette.responses import JSONResponse
+from starlette.routing import BaseRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from vllm_wt_plugin.errors import EngineDirty, UnsupportedVLLM, WeightSyncError
@@ -82,13 +84,18 @@ class WeightSyncPlugin:
         if backend not in BACKENDS:
             logger.info("vllm_wt_plugin: backend %r is not ours, no routes added", backend)
             return
+        from vllm_wt_plugin import _version
+
+        _version.check()
         from vllm_wt_plugin import _vllm
 
         if not _vllm.serves(backend):  # ours would take the place of vLLM's own routes
             raise UnsupportedVLLM(f"backend {backend!r} is vLLM's own: `register` did not succeed")
         keys = args.api_key or [os.environ.get("VLLM_API_KEY")]
         policy = AccessPolicy.from_env(os.environ, [k for k in keys if k])
+        known = list(app.router.routes)
         app.include_router(router())
+        _drop_shadowed(app, known)
         app.add_middleware(SleepGate, api=app)
         app.add_middleware(DirtyGate, api=app)
         app.add_middleware(AccessMiddleware, policy=policy, guarded=lambda p, _: p in PATHS)
@@ -107,6 +114,16 @@ class WeightSyncPlugin:
         state.wt_control = control
         if getattr(args, "api_server_count", None) not in (None, 0, 1):
             control.start_polling()
+
+
+def _drop_shadowed(app: FastAPI, known: list[BaseRoute]) -> None:
+    """Take out of `known` what ours replace: of two, the first answers, and vLLM < 0.32 leaves its
+    own (dev mode's) in front."""
+    ours = [r for r in app.router.routes if isinstance(r, APIRoute) and r not in known]
+    taken = {(r.path, method) for r in ours for method in r.methods}
+    for route in known:
+        if isinstance(route, APIRoute) and all((route.path, m) in taken for m in route.methods):
+            app.router.routes.remove(route)
 
 
 def _backend(args: Namespace) -> str | None:

@@ -16,7 +16,7 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation, apply
 from vllm.model_executor.layers.fused_moe.experts.cpu_moe import CPUUnquantizedExperts
 from vllm.platforms import current_platform
 
-from vllm_wt_plugin._vllm import wrap
+from vllm_wt_plugin._vllm import experts_apply, plain_experts, wrap
 
 
 def enable() -> None:
@@ -24,17 +24,14 @@ def enable() -> None:
     if not current_platform.is_cpu():
         return
     wrap(layer_utils, "dispatch_cpu_unquantized_gemm", lambda _: _plain_gemm)
-    wrap(CPUUnquantizedExperts, "process_weights_after_loading", lambda _: _plain_experts)
-    wrap(CPUUnquantizedExperts, "apply", lambda _: _apply_experts)
+    experts = CPUUnquantizedExperts
+    wrap(experts, "process_weights_after_loading", lambda _: plain_experts)
+    wrap(experts, "apply", lambda _: experts_apply(experts, _apply_experts))
 
 
 def _plain_gemm(layer: torch.nn.Module, remove_weight: bool) -> None:
     if layer.weight.ndim == 2:
         layer.cpu_linear = F.linear  # type: ignore[assignment]
-
-
-def _plain_experts(self: Any, layer: torch.nn.Module) -> None:
-    self._use_zentorch = False
 
 
 def _apply_experts(
@@ -46,11 +43,9 @@ def _apply_experts(
     topk_weights: torch.Tensor,
     topk_ids: torch.Tensor,
     activation: MoEActivation,
-    global_num_experts: int,
     expert_map: torch.Tensor | None,
-    *_: Any,
     apply_router_weight_on_input: bool = False,
-    **__: Any,
+    **_: Any,
 ) -> None:
     """Each expert's tokens through its two plain matrices; `expert_map` gives local numbers."""
     out = torch.zeros(output.shape, dtype=torch.float32)

@@ -36,9 +36,10 @@ def register() -> None:
 
 
 def _register() -> None:
-    from vllm_wt_plugin import _vllm
+    from vllm_wt_plugin import _version
 
-    _vllm.check_version()
+    _version.check()
+    from vllm_wt_plugin import _vllm
     from vllm_wt_plugin.worker import core as in_core
     from vllm_wt_plugin.worker.engine import IPCEngine
 
@@ -49,6 +50,7 @@ def _register() -> None:
     if os.environ.get("WT_OWN_SEGMENTS") == "1":
         _vllm.keep_weights_apart()
     _vllm.take_blueprints()
+    _vllm.call_every_engine()
     for cls in _vllm.worker_classes():
         cls.weight_sync = _weight_sync
         _vllm.wrap(cls, "sleep", _sleep)
