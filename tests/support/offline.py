@@ -256,7 +256,8 @@ def _lifecycle(llm: Any, folder: Path) -> dict[str, Any]:
                 "handles": [(r.storage, r.offset, r.stride) for r in rows],
             }})  # fmt: skip
         llm.finish_weight_update("v2")
-        llm.shutdown_weight_transfer_engine()
+        if hasattr(llm, "shutdown_weight_transfer_engine"):  # vLLM >= 0.32
+            llm.shutdown_weight_transfer_engine()
     from vllm_wt_plugin.trainer.client import LLMClient
 
     said["workers"] = LLMClient(llm).status()["version"]
