@@ -23,9 +23,10 @@ from tests.drills import figures
 from tests.drills.load import Ledger, Load, Model
 from tests.drills.trainer import Trainer
 from tests.support import models
-from tests.support.fleet import paused, until
+from tests.support.fleet import paused
 from tests.support.server import Server
 from tests.support.toy_replica import ToyReplica
+from tests.support.waiting import until
 from vllm_wt_plugin import WeightSync
 
 CALM_S = 90.0  # until both have taken a push after the last fault: a killed trainer's lease is 60 s

@@ -19,6 +19,7 @@ from tests.support.fleet import TOKEN, push
 from tests.support.offline import Offline, differences
 from tests.support.server import Server
 from tests.support.trainer import trainer
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.server
 PICKLED = {"update_info": {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[1]],
@@ -63,7 +64,7 @@ def test_vllms_http_client_on_loopback(server: Server) -> None:
     push(server, 1, "old")
     for each_rank in (False, True):
         update(vllm, 3, "v3", each_rank=each_rank)
-        fleet.until(lambda: not fleet.paused(server), 5)
+        until(lambda: not fleet.paused(server), 5)
         assert server.generations() == want
         assert server.http.get("/weight_info").json() == {"weight_version": "v3"}
         update(vllm, 1, "back")

@@ -19,9 +19,10 @@ import pytest
 import torch
 
 from tests.support import fleet
-from tests.support.fleet import assert_serves, paused, push, refused, until
+from tests.support.fleet import assert_serves, paused, push, refused
 from tests.support.server import Server
 from tests.support.trainer import BUFFER, Json, TrainerProcess, trainer, weights
+from tests.support.waiting import until
 from vllm_wt_plugin import UpdateInProgress, VersionMismatch, WeightSync
 from vllm_wt_plugin.errors import ServerUnreachable
 from vllm_wt_plugin.trainer.patching import PatchSender

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from tests.support import fleet, models
-from tests.support.fleet import until
 from tests.support.server import Server
 from tests.support.toy_trainer import Faulty
 from tests.support.trainer import TrainerProcess, weights
+from tests.support.waiting import until
 from vllm_wt_plugin import RequestError, WeightSync
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge
 

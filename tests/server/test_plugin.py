@@ -15,6 +15,7 @@ from tests.support import fleet, sabotage
 from tests.support.fleet import assert_serves, paused, push, refused
 from tests.support.server import Server
 from tests.support.trainer import Json, Trainer, trainer, weights
+from tests.support.waiting import until
 from vllm_wt_plugin import WeightSync
 from vllm_wt_plugin.errors import ServerUnreachable, WeightSyncError
 from vllm_wt_plugin.transport import shm
@@ -267,7 +268,7 @@ def test_lease_of_two_ranks(two: Pair) -> None:
     """The ranks' clocks differ by microseconds; the engine resumes all the same."""
     for _ in range(5):
         two.server.http.post("/start_weight_update", json={"lease_s": 0.1}).raise_for_status()
-        assert fleet.until(lambda: not paused(two.server), 20)
+        assert until(lambda: not paused(two.server), 20)
     assert [(r["phase"], r["version"]) for r in ranks(two.server)] == [("IDLE", "old")] * 2
 
 

@@ -18,6 +18,7 @@ from tests.support import fleet
 from tests.support.fleet import assert_serves, paused, push, refused
 from tests.support.server import Generation, Server
 from tests.support.trainer import Json, Trainer, speaking, trainer, weights
+from tests.support.waiting import until
 from vllm_wt_plugin import WeightSync
 
 pytestmark = pytest.mark.server
@@ -191,7 +192,7 @@ def test_a_trainer_that_hangs_up(server: Server) -> None:
             await stream.flowing.wait()  # so that the push takes its steps one by one
             with socket.create_connection((url.host, url.port or 80)) as peer:
                 peer.sendall(head.encode() + content)
-            assert await asyncio.to_thread(fleet.until, arrived, 20)
+            assert await asyncio.to_thread(until, arrived, 20)
             task.cancel()
 
     asyncio.run(hang_up())

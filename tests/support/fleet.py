@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import re
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,16 +92,6 @@ def refused(response: httpx.Response, status: int, code: str, *texts: str) -> No
     assert (response.status_code, data.get("code")) == (status, code), response.text
     for text in texts:
         assert text in f"{data['error']} [{data['where']}] {data['next_step']}", data
-
-
-def until(condition: Callable[[], bool], seconds: float) -> bool:
-    """Poll; whether it came true in time."""
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def assert_no_secrets(server: Server) -> None:

@@ -7,14 +7,13 @@ import secrets
 import signal
 import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
 
 from tests.support.toy_replica import forked
+from tests.support.waiting import stopped, until
 from vllm_wt_plugin.errors import TransferError
 from vllm_wt_plugin.transport.backends import Member
 from vllm_wt_plugin.transport.group import Group, join, listen
@@ -22,6 +21,7 @@ from vllm_wt_plugin.transport.nccl import Receiver, Sender
 
 NBYTES = 256 << 20  # far more than sockets hold
 SOON_S = 10
+QUICK = 1e-4  # a bucket is halfway for some milliseconds
 
 
 def meet(store: TCPStore, key: str, rank: int) -> Group:
@@ -34,21 +34,10 @@ def peer(port: int, key: str, rank: int) -> None:
     group = meet(TCPStore("127.0.0.1", port, None, False, use_libuv=False), key, rank)
     data = torch.full((NBYTES,), int(rank == 0), dtype=torch.uint8)
     pending = group.broadcast(data, 60)
-    until(lambda: bool(data[0]))
+    assert until(lambda: bool(data[0]), 30, QUICK)
     if rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
-    until(pending.done)
-
-
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(1e-4)
-
-
-def stopped(pid: int | None) -> bool:
-    return Path(f"/proc/{pid}/stat").read_text().rpartition(") ")[2][0] == "T"
+    assert until(pending.done, 30, QUICK)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -65,7 +54,7 @@ def test_a_group_ends_while_a_peer_stands_still_in_mid_bucket(rank: int) -> None
 def send(group: Group, pid: int) -> None:
     sender = Sender(group, [torch.ones(NBYTES, dtype=torch.uint8)], 1, 60)
     sender.send(NBYTES)
-    until(lambda: stopped(pid))
+    assert until(lambda: stopped(pid), 30, QUICK)
     begun = time.monotonic()
     group.abort("somebody says so")
     with pytest.raises(TransferError, match="bucket 1 of 1: somebody says so"):
@@ -77,9 +66,9 @@ def send(group: Group, pid: int) -> None:
 def receive(group: Group, pid: int) -> None:
     memory = [torch.zeros(NBYTES, dtype=torch.uint8)]
     receiver = Receiver(group, memory, [NBYTES], 60)
-    until(lambda: bool(memory[0][0]))
+    assert until(lambda: bool(memory[0][0]), 30, QUICK)
     os.kill(pid, signal.SIGSTOP)
-    until(lambda: stopped(pid))
+    assert until(lambda: stopped(pid), 30, QUICK)
     begun = time.monotonic()
     assert receiver.next(0.1) is None
     receiver.abort("somebody says so")

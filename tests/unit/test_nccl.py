@@ -25,6 +25,7 @@ import torch
 from tests.support import toy_trainer
 from tests.support.toy_replica import UPSTREAM, ToyReplica, weights
 from tests.support.toy_trainer import BUFFER, Faulty
+from tests.support.waiting import stopped, until
 from tests.unit.toys import specs_of
 from vllm_wt_plugin import (
     NotJoined,
@@ -59,15 +60,6 @@ def connect(*replicas: ToyReplica, **options: Any) -> WeightSync:
 
 def all_serve(replicas: list[ToyReplica], seed: int, version: str) -> bool:
     return all(r.serves(seed, version) and not r.paused() for r in replicas)
-
-
-def until(condition: Any, seconds: float = 15.0) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
 
 
 def test_one_broadcast_reaches_all_ranks_of_all_replicas(pair: list[ToyReplica]) -> None:
@@ -262,6 +254,8 @@ def test_a_trainer_that_stands_still_past_the_deadline(pair: list[ToyReplica]) -
     """Both sides end by themselves; when it goes on, it pushes again and exits cleanly."""
     process = toy_trainer.start([r.url for r in pair], 3, 2.0, "stop:12")
     try:
+        # A slow machine may pass the deadline before it stops.
+        assert until(lambda: stopped(process.pid), 60)
         assert until(lambda: all(r.status()["state"] == "DIRTY" for r in pair), 40)
         assert "did not arrive: nothing came from rank 0 within 2 s" in pair[0].status()["reason"]
         process.send_signal(signal.SIGCONT)
