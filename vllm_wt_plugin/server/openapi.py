@@ -8,6 +8,7 @@ import msgspec
 
 from vllm_wt_plugin.wire import bridge
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.params import LINE
 from vllm_wt_plugin.wire.patches import PatchPush
 
 BODIES: dict[str, type[msgspec.Struct]] = {
@@ -61,12 +62,13 @@ def described(path: str) -> dict[str, Any]:
 
 def _whole(node: Any, parts: dict[str, Any]) -> Any:
     """Without references: a route cannot add to the components of vLLM's document. `\\Z` is
-    Python's alone."""
+    Python's alone; that text is one line is too dull a pattern for those who make examples."""
     match node:
         case {"$ref": str(ref)}:
             return _whole(parts[ref.rpartition("/")[2]], parts)
         case dict():
-            return {k: _whole(v, parts) for k, v in node.items() if k != "discriminator"}
+            kept = {k: v for k, v in node.items() if k != "discriminator" and v != LINE}
+            return {k: _whole(v, parts) for k, v in kept.items()}
         case list() | tuple():
             return [_whole(v, parts) for v in node]
         case str():

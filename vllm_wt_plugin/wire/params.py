@@ -33,9 +33,9 @@ ITEMSIZE = {
 }
 
 # Versions and owners are said in logs and refusals, of one line each.
-_LINE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"
-Version = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=_LINE)]
-Owner = Annotated[str, msgspec.Meta(max_length=256, pattern=_LINE)]
+LINE = r"^[^\x00-\x1f\x7f-\x9f]*\Z"
+Version = Annotated[str, msgspec.Meta(min_length=1, max_length=256, pattern=LINE)]
+Owner = Annotated[str, msgspec.Meta(max_length=256, pattern=LINE)]
 Text = Annotated[str, msgspec.Meta(max_length=4096)]
 Session = Annotated[str, msgspec.Meta(pattern=r"^([0-9a-f]{32})?\Z")]  # "": the open one
 Name = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
