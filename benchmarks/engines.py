@@ -74,6 +74,13 @@ def wait_ready(url: str, log: Path) -> None:
     raise TimeoutError(f"{url} did not start:\n{log.read_text(errors='replace')[-3000:]}")
 
 
+def check_pynccl(group: Any) -> None:
+    """Raise unless vLLM's own communicator sends anything: where it cannot load NCCL, or one older
+    than it asks for, it is off and says nothing (`gpu_machine.sh` has a way out)."""
+    if group.disabled:
+        raise RuntimeError("vLLM's PyNccl is off here: set VLLM_NCCL_SO_PATH")
+
+
 def tokens(url: str) -> list[int]:
     """Greedy token ids after a fixed prompt."""
     body = {"model": "m", "prompt": [5, 6, 7, 8], "max_tokens": 12, "temperature": 0,

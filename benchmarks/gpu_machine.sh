@@ -22,4 +22,16 @@ PY
 for wheel in "$bundle"/wheels/*.whl; do
   [ -e "$wheel" ] && python3 -m zipfile -e "$wheel" "$site"
 done
+# vLLM's PyNccl turns itself off, in silence, where NCCL lacks two functions of 2.29.7 that only its
+# sleep calls: its own nccl backend then broadcasts nothing. Give it torch's NCCL with both.
+nccl=$(python3 -c 'import nvidia.nccl as n; print(list(n.__path__)[0] + "/lib/libnccl.so.2")' || true)
+if [ -e "$nccl" ]; then
+  python3 -c 'import ctypes, sys; ctypes.CDLL(sys.argv[1]).ncclCommSuspend' "$nccl" 2>/dev/null || {
+    echo 'int ncclCommSuspend(void *c, int f) { return 5; } int ncclCommResume(void *c) { return 5; }' |
+      gcc -shared -fPIC -o "$site/libnccl_with.so" -x c - -x none \
+        -Wl,--no-as-needed,-rpath,"$(dirname "$nccl")" "$nccl"
+    nccl=$site/libnccl_with.so
+  }
+  echo "export VLLM_NCCL_SO_PATH=$nccl"
+fi
 echo "export PYTHONPATH=$site:$root\${PYTHONPATH:+:\$PYTHONPATH} VLLM_PLUGINS=wt"

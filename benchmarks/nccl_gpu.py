@@ -90,6 +90,7 @@ def theirs(result: Result, row: str, url: str, model: Any, rounds: int, step: An
         engine = NCCLTrainerWeightTransferEngine.trainer_init(
             info, client=HTTPVLLMWeightSyncClient(url), source=their_source(model)
         )
+        engines.check_pynccl(engine.model_update_group)
         engine.send_weights()
     result.add(row, timed(engine.send_weights, rounds, step))
     result.facts[f"{row}: MiB on the worker's GPU"] = worker.above >> 20

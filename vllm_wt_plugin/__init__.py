@@ -43,6 +43,8 @@ __all__ = [
     "IPCWeightTransferEngine",
     "IPCWeightTransferInitInfo",
     "IPCWeightTransferUpdateInfo",
+    "NCCLTrainerSendWeightsArgs",
+    "NCCLWeightTransferEngine",
     "NCCLWeightTransferInitInfo",
     "NCCLWeightTransferUpdateInfo",
     "NoUpdate",
@@ -71,11 +73,14 @@ __all__ = [
 
 # vLLM's engine API (`compat/`), by the module of each name: loaded when it is first asked for.
 _COMPAT = {
-    "engine": ("IPCWeightTransferEngine", "WeightTransferEngine"),
+    "engine": ("WeightTransferEngine",),
+    "ipc": ("IPCWeightTransferEngine",),
+    "nccl": ("NCCLWeightTransferEngine",),
     "info": (
         "IPCTrainerSendWeightsArgs",
         "IPCWeightTransferInitInfo",
         "IPCWeightTransferUpdateInfo",
+        "NCCLTrainerSendWeightsArgs",
         "NCCLWeightTransferInitInfo",
         "NCCLWeightTransferUpdateInfo",
         "WeightTransferInitRequest",

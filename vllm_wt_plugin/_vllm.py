@@ -172,13 +172,6 @@ def shared_nccl_env() -> AbstractContextManager[object]:
     return unpinned
 
 
-def pynccl(unique_id: bytes, rank: int, world_size: int, device: torch.device) -> Any:
-    """vLLM's communicator, as its own `nccl` engine makes it. Blocking, collective."""
-    from vllm.distributed.weight_transfer.nccl_common import uid_init_process_group
-
-    return uid_init_process_group(unique_id, rank, world_size, device.index)
-
-
 def call_every_engine() -> None:
     """Before 0.32 the API server's client has no call to all data-parallel engines: add it."""
     if hasattr(AsyncMPClient, "call_utility_all_async"):

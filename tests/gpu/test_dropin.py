@@ -19,6 +19,7 @@ import pytest
 import torch
 
 from tests.gpu.test_engine import _model
+from tests.support import fleet
 from tests.support.server import Server
 from vllm_wt_plugin import IPCWeightTransferEngine, WeightSync
 
@@ -40,11 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """vLLM's client has no headers: `requests` takes the token from here."""
-    path = tmp_path / "netrc"
-    path.write_text(f"machine 127.0.0.1 login wt password {TOKEN}\n")
-    path.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(path))
+    fleet.netrc(tmp_path, TOKEN, monkeypatch)
 
 
 def said(server: Server) -> Any:

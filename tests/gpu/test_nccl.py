@@ -13,10 +13,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 import torch
 
 from benchmarks import engines
@@ -42,9 +44,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, Pat
 
 
 @pytest.fixture(scope="module")
-def url(models: dict[int, tuple[Any, Path]], tmp_path_factory: pytest.TempPathFactory
-        ) -> Iterator[str]:  # fmt: skip
-    log = tmp_path_factory.mktemp("log") / "server.log"
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("log") / "server.log"
+
+
+@pytest.fixture(scope="module")
+def url(models: dict[int, tuple[Any, Path]], log: Path) -> Iterator[str]:
     load = ("--load-format", "auto")  # the later one counts
     with engines.server(models[0][1], "nccl", 8140, log, memory=0.2, gpus="1", args=load) as at:
         engines.wait_ready(at, log)
@@ -79,10 +84,21 @@ def test_our_trainer(
             check(url, models[seed][0], fresh[seed])
 
 
+@contextmanager
+def explained(log: Path) -> Iterator[None]:
+    """vLLM's client raises the status alone: say what the server answered, and its log's end."""
+    try:
+        yield
+    except requests.HTTPError as exc:
+        end = log.read_text(errors="replace")[-6000:]
+        pytest.fail(f"{exc}\n{exc.response.text}\n--- the server's log:\n{end}")
+
+
 @pytest.mark.parametrize("packed", [True, False])
 def test_vllms_own_trainer(
-    url: str, models: dict[int, tuple[Any, Path]], fresh: dict[int, list[int]], packed: bool
-) -> None:
+    url: str, models: dict[int, tuple[Any, Path]], fresh: dict[int, list[int]], packed: bool,
+    log: Path,
+) -> None:  # fmt: skip
     from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
     from vllm.distributed.weight_transfer.nccl_engine import (
         NCCLTrainerInitInfo,
@@ -95,11 +111,13 @@ def test_vllms_own_trainer(
             rank=0, master_address="127.0.0.1", master_port=get_open_port(), world_size=2,
             packed=packed, packed_buffer_size_bytes=8 << 20,
         )  # fmt: skip
-        engine = NCCLTrainerWeightTransferEngine.trainer_init(
-            info, client=HTTPVLLMWeightSyncClient(url), source=their_source(models[seed][0])
-        )
-        engine.send_weights()
-        engine.send_weights()
+        with explained(log):
+            engine = NCCLTrainerWeightTransferEngine.trainer_init(
+                info, client=HTTPVLLMWeightSyncClient(url), source=their_source(models[seed][0])
+            )
+            engines.check_pynccl(engine.model_update_group)
+            engine.send_weights()
+            engine.send_weights()
         check(url, models[seed][0], fresh[seed])
         engine.model_update_group.destroy()
 

@@ -1,25 +1,30 @@
 """Code written for vLLM's own weight transfer, unchanged, against this plugin.
 
-On a CPU that is everything but the CUDA handles: vLLM's HTTP client class, the methods of an `LLM`,
-refusals. vLLM's IPC trainer class asks CUDA for its device in its constructor, so it cannot be made
-here; `tests/gpu/test_dropin.py` runs it.
+On a CPU that is everything but CUDA handles and NCCL itself: vLLM's HTTP client class, the methods
+of an `LLM`, its nccl trainer classes with gloo in the place of their communicator, refusals. vLLM's
+IPC trainer class asks CUDA for its device in its constructor, so it cannot be made here;
+`tests/gpu/test_dropin.py` runs it, and `tests/gpu/test_nccl.py` the others on NCCL.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import requests
+import torch
 
-from tests.support import fleet
+from tests.support import fleet, models
 from tests.support.fleet import TOKEN, push
 from tests.support.offline import Offline, differences
-from tests.support.server import Server
-from tests.support.trainer import trainer
+from tests.support.server import Server, free_port
+from tests.support.trainer import trainer, weights
 from tests.support.waiting import until
+from vllm_wt_plugin import WeightSync
+from vllm_wt_plugin.transport import pynccl
 
 pytestmark = pytest.mark.server
 PICKLED = {"update_info": {"names": ["w"], "dtype_names": ["bfloat16"], "shapes": [[1]],
@@ -33,11 +38,17 @@ def server(serve: Callable[..., Server], checkpoint: Callable[..., Path]) -> Ser
 
 @pytest.fixture
 def netrc(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """How a client without headers gets to send a token."""
-    path = tmp_path / "netrc"
-    path.write_text(f"machine 127.0.0.1 login wt password {TOKEN}\n")
-    path.chmod(0o600)
-    monkeypatch.setenv("NETRC", str(path))
+    fleet.netrc(tmp_path, TOKEN, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def by_group(
+    checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
+    """Under the name that vLLM's sparse trainer asks for; it takes dense broadcasts too."""
+    log = tmp_path_factory.mktemp("by-group") / "server.log"
+    with Server(checkpoint("qwen3", 1), log, backend="sparse_nccl") as server:
+        yield server
 
 
 def client(server: Server) -> Any:
@@ -99,6 +110,106 @@ def test_a_token_from_netrc(serve: Callable[..., Server], checkpoint: Callable[.
     fleet.refused(response, 400, "RequestError", "refusing `ipc_handles_pickled` without")
     guarded.http.post("/abort_weight_update", json={})
     fleet.assert_serves(guarded, 2, "with a token")
+
+
+class Gloo:
+    """vLLM's communicator as its trainer classes use it, on gloo: theirs needs GPUs."""
+
+    device = torch.device("cpu")
+
+    def __init__(self, info: Any) -> None:
+        self.group = pynccl.open_group(
+            info.master_address, info.master_port, info.world_size, timeout_s=30
+        )
+
+    def broadcast(self, tensor: torch.Tensor, src: int, stream: Any = None) -> None:
+        assert src == 0
+        if tensor.numel():
+            data = tensor.contiguous().view(-1).view(torch.uint8)
+            assert until(self.group.broadcast(data, 30).done, 30)
+
+    def destroy(self) -> None:
+        self.group.close()
+
+
+@pytest.fixture
+def gloo(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The two things of vLLM's nccl trainers that a machine without GPUs lacks."""
+    for name in ("nccl_engine", "sparse_nccl_engine"):
+        module = importlib.import_module(f"vllm.distributed.weight_transfer.{name}")
+        monkeypatch.setattr(module, "open_trainer_endpoint", Gloo)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+
+
+def nccl_trainer(kind: str, server: Server, source: Any = None, **more: Any) -> Any:
+    """vLLM's trainer class for a backend, by its factory."""
+    from vllm.distributed.weight_transfer import factory, nccl_engine, sparse_nccl_engine
+
+    info = {
+        "nccl": nccl_engine.NCCLTrainerInitInfo,
+        "sparse_nccl": sparse_nccl_engine.SparseNCCLTrainerInitInfo,
+    }[kind](rank=0, master_address="127.0.0.1", master_port=free_port(), world_size=2, **more)
+    return factory.WeightTransferTrainerFactory.trainer_init(
+        info, client=client(server), source=source
+    )
+
+
+def serves(server: Server, want: dict[str, torch.Tensor]) -> bool:
+    """Every weight, by checksum; nothing is open, nothing paused."""
+    with WeightSync(server.url) as sync:
+        assert sync.verify(want).ok
+    return server.status()["state"] == "IDLE" and not fleet.paused(server)
+
+
+@pytest.mark.usefixtures("gloo")
+def test_vllms_nccl_trainer(by_group: Server) -> None:
+    """Tensor by tensor; its packed stream needs CUDA streams (`tests/unit/test_nccl.py` has its
+    buckets)."""
+    from vllm.distributed.weight_transfer.base import ModuleSource
+
+    for seed in (3, 1):
+        source = ModuleSource(models.build("qwen3", seed))
+        engine = nccl_trainer("nccl", by_group, source, packed=False)
+        for _ in range(2):
+            engine.send_weights()
+            assert serves(by_group, weights(seed))
+        engine.shutdown()
+
+
+@pytest.mark.usefixtures("gloo")
+def test_vllms_sparse_trainer(by_group: Server) -> None:
+    """Its one call, its chunks, and a patch that cannot be: the trainer hears why, and the old
+    weights serve on."""
+    from vllm.distributed.weight_transfer.sparse_nccl_engine import SparseWeightPatch
+
+    push(by_group, 1, "old")
+    want = dict(weights(1))
+
+    def patch(name: str, step: int, by: float) -> Any:
+        flat = want[name].reshape(-1).clone()
+        indices = torch.arange(0, flat.numel(), step, dtype=torch.int32).flip(0)
+        flat[indices.long()] += by
+        want[name] = flat.view(want[name].shape)
+        return SparseWeightPatch(name, indices, flat[indices.long()], tuple(want[name].shape))
+
+    norms = [n for n in want if n.endswith("norm.weight")]
+    engine = nccl_trainer("sparse_nccl", by_group)
+    engine.send_weights([])
+    engine.send_weights([patch(n, 2, 1.0) for n in norms])
+    assert serves(by_group, want)
+    engine.client.start_weight_update()
+    for half in (norms[:3], norms[3:]):
+        engine.send_weight_chunk([patch(n, 3, 0.5) for n in half])
+    engine.client.finish_weight_update("chunks")
+    assert serves(by_group, want)
+    assert by_group.status()["version"] == "chunks"
+    before = dict(want)
+    wrong = patch(norms[0], 2, 1.0)
+    wrong.indices[0] = wrong.indices[1]
+    with pytest.raises(requests.HTTPError, match="400"):
+        engine.send_weights([wrong])
+    assert serves(by_group, before)
+    engine.shutdown()
 
 
 def test_refusals(server: Server) -> None:

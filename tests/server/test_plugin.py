@@ -60,7 +60,8 @@ def test_register_raises(checkpoint: Callable[..., Path], tmp_path: Path) -> Non
         processes = {m[1] for x in said if (m := re.match(r"\((\w+)", x))}
         assert {"EngineCore", "VllmWorker"} <= processes
         assert len(lines(server, "no weight routes are served")) == 1
-        # vLLM's own lifecycle: its ipc engine refuses our JSON handles in its own words.
+        # vLLM's own lifecycle, on its own engine: the one that was ours already is given back.
+        assert lines(server, "Creating weight transfer engine: IPCWeightTransferEngine")
         http = server.http
         assert http.get("/weight_info").json() == {"weight_version": "default"}
         assert http.post("/init_weight_transfer_engine", json={"init_info": {}}).status_code == 200
@@ -115,7 +116,7 @@ def test_plugin_not_named(
     """Unset, vLLM loads general plugins but no endpoint plugins: ours is the backend, idle."""
     with Server(checkpoint("qwen3", 1), log(tmp_path), plugins=plugins) as server:
         assert_vllm_alone(server)
-        assert bool(lines(server, "weight transfer backends 'ipc' and 'nccl' are ours")) == (
+        assert bool(lines(server, "weight transfer backends ipc, nccl, sparse_nccl are ours")) == (
             plugins is None
         )
         assert bool(lines(server, "VLLM_PLUGINS is not set")) == (plugins is None)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import pytest
 
 from tests.support.server import Generation, Server
 from tests.support.trainer import trainer
@@ -76,6 +77,14 @@ def assert_serves(server: Server, seed: int, version: str) -> None:
     assert (status["state"], status["version"], status["reason"]) == ("IDLE", version, "")
     assert not paused(server)
     assert server.generations() == fresh(seed)
+
+
+def netrc(folder: Path, token: str, patch: pytest.MonkeyPatch) -> None:
+    """How a client that sends no headers of its own gets to send a token: `requests` reads it."""
+    path = folder / "netrc"
+    path.write_text(f"machine 127.0.0.1 login wt password {token}\n")
+    path.chmod(0o600)
+    patch.setenv("NETRC", str(path))
 
 
 @contextmanager

@@ -36,11 +36,15 @@ def _import_error() -> None:
 
 
 def _register_raises() -> None:
-    """In the middle: vLLM's methods are wrapped already, the backend is not ours yet."""
+    """In the middle: vLLM's methods are wrapped and one backend is ours, the next is not."""
     from vllm_wt_plugin import _vllm
 
-    def swap_engine(*_: Any) -> None:
-        raise RuntimeError("sabotage: register")
+    swap = _vllm.swap_engine
+
+    def swap_engine(name: str, engine: Any) -> None:
+        if name == "nccl":
+            raise RuntimeError("sabotage: register")
+        swap(name, engine)
 
     _vllm.swap_engine = swap_engine
 

@@ -57,7 +57,7 @@ class Server:
         backend: str | None = "ipc",
         anew: bool = False,
     ) -> None:
-        self.port = _free_port()
+        self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.log = log
         self._args = [
@@ -132,7 +132,7 @@ class Server:
         return data
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port: int = s.getsockname()[1]

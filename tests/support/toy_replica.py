@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import socket
-import threading
 import time
 from collections.abc import Callable
 from multiprocessing.process import BaseProcess
@@ -22,11 +21,6 @@ import httpx
 import torch
 
 from tests.unit import toys
-from vllm_wt_plugin.transport.backends import Member
-from vllm_wt_plugin.transport.group import Communicator, join
-from vllm_wt_plugin.wire.nccl import NcclInit
-
-UPSTREAM = "0" * 32
 
 
 class Model(toys.Whole):
@@ -129,8 +123,6 @@ class _Core:
         from tests.unit.test_session import Worker
 
         self.workers = [Worker(Model, r, world) for r in range(world)]
-        for w in self.workers:
-            w.session.link._pynccl = _gloo
         self.paused, self.turn = False, asyncio.Lock()
 
     async def call_utility_all_async(self, method: str, *args: Any) -> list[Any]:
@@ -161,15 +153,6 @@ class _Core:
             have, wanted = toys.live_tensors(w.host.model), toys.live_tensors(want)
             same += [toys.same_bits(have[n], t) for n, t in wanted.items()]
         return all(same)
-
-
-def _gloo(init: NcclInit, rank: int, device: torch.device, stop: threading.Event) -> Communicator:
-    """In PyNccl's place, which needs a GPU: the same calls, met at the same address."""
-    at = Member(
-        host=init.master_address or "", port=init.master_port or 0, group=UPSTREAM,
-        rank=rank, world_size=init.world_size,
-    )  # fmt: skip
-    return join(at, device, init.rendezvous_s, stop)
 
 
 def _app(core: _Core) -> Any:

@@ -105,6 +105,8 @@ def test_defaults() -> None:
     where = wt.NCCLWeightTransferInitInfo("127.0.0.1", 29500, 1, 3)
     assert asdict(where) == {
         "master_address": "127.0.0.1", "master_port": 29500, "rank_offset": 1, "world_size": 3,
+        "nccl_unique_id_b64": None,
+        "packed": False, "packed_buffer_size_bytes": GIB, "packed_num_buffers": 2,
     }  # fmt: skip
     assert wt.WeightTransferInitRequest().init_info == {}
     assert wt.WeightTransferUpdateRequest([{}]).update_info == [{}]

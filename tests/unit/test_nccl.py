@@ -23,7 +23,7 @@ import pytest
 import torch
 
 from tests.support import toy_trainer
-from tests.support.toy_replica import UPSTREAM, ToyReplica, weights
+from tests.support.toy_replica import ToyReplica, weights
 from tests.support.toy_trainer import BUFFER, Faulty
 from tests.support.waiting import stopped, until
 from tests.unit.toys import specs_of
@@ -38,10 +38,10 @@ from vllm_wt_plugin import (
 from vllm_wt_plugin.trainer.source import MappingSource
 from vllm_wt_plugin.transport.backends import Member
 from vllm_wt_plugin.transport.group import join, listen
+from vllm_wt_plugin.transport.pynccl import ID_BYTES, UNNAMED, given, read_id
 from vllm_wt_plugin.wire.buckets import cut_as_vllm, size
 from vllm_wt_plugin.wire.nccl import SAMPLE, checked
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.worker.pynccl import ID_BYTES, given, read_id
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
 
@@ -360,7 +360,7 @@ class TheirTrainer:
     def __init__(self, replica: ToyReplica, *, packed: bool) -> None:
         self.http, self.packed = replica.http, packed
         store = listen("127.0.0.1")
-        at = Member(host="127.0.0.1", port=store.port, group=UPSTREAM, rank=0, world_size=3)
+        at = Member(host="127.0.0.1", port=store.port, group=UNNAMED, rank=0, world_size=3)
         info = {
             "master_address": at.host, "master_port": at.port, "rank_offset": 1, "world_size": 3,
             "packed": packed, "packed_buffer_size_bytes": BUFFER, "packed_num_buffers": 2,

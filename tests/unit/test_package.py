@@ -26,6 +26,7 @@ MAX_LINES = 400
 MAY_IMPORT = {
     "errors.py": set(),
     "__init__.py": {".errors", ".sparse.patch", ".trainer", ".bridge"},
+    "_pynccl.py": {".errors", ".transport.pynccl", "torch", "vllm"},
     "_version.py": {".errors", "vllm"},
     "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
@@ -41,7 +42,8 @@ MAY_IMPORT = {
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},
     "bridge/*": {".errors", ".wire", ".transport", ".trainer", ".bridge", "torch", "msgspec"},
     "compat/*": {
-        ".errors", ".wire", ".transport", ".trainer", ".compat", "torch", "msgspec", "ray",
+        ".errors", ".wire", ".sparse", ".transport", ".trainer", ".compat", "._pynccl", "torch",
+        "msgspec", "ray",
     },
     "cli/*": {
         ".errors", ".wire", ".transport", ".trainer", ".server.access", ".cli", "torch", "msgspec",
@@ -61,8 +63,8 @@ MAY_IMPORT = {
     "worker/export.py": {".errors", ".wire", ".transport", ".worker", "torch"},
     "worker/packed.py": {".errors", ".wire", ".sparse", ".transport", ".worker", "torch"},
     "worker/engine.py": {
-        ".errors", ".wire", ".sparse", ".transport", ".worker", "._vllm", "torch", "msgspec",
-        "vllm",
+        ".errors", ".wire", ".sparse", ".transport", ".worker", "._vllm", "._pynccl", "torch",
+        "msgspec", "vllm",
     },
     "worker/*": {
         ".errors", ".wire", ".transport", ".worker", "._vllm", "._version", "torch", "msgspec",
@@ -71,7 +73,8 @@ MAY_IMPORT = {
 }  # fmt: skip
 # Only these know vLLM; of them only _vllm.py what differs between versions.
 KNOW_VLLM = {
-    "_version.py", "_vllm.py", "worker/engine.py", "worker/register.py", "worker/cpu_inplace.py",
+    "_pynccl.py", "_version.py", "_vllm.py", "worker/engine.py", "worker/register.py",
+    "worker/cpu_inplace.py",
     "worker/core.py", "worker/lifecycle.py",
 }  # fmt: skip
 HEAVY = {"vllm", "triton", "fastapi", "starlette", "safetensors", "transformers", "ray"}

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 
+from tests.support.trainer import Trainer as Shared
 from tests.unit.test_session import Trainer
 from tests.unit.toy_server import ToyEngine, ToyServer
 from vllm_wt_plugin import WeightSync
@@ -69,3 +70,33 @@ def test_a_broadcast_of_no_update() -> None:
         body = {"update_info": {"broadcast": True}}
         answer = httpx.post(f"{server.url}/update_weights", json=body)
         assert (answer.status_code, answer.json()["code"]) == (409, "NoUpdate"), answer.text
+
+
+def test_a_list_has_an_update_for_each_worker_by_global_rank() -> None:
+    """vLLM 0.33's form. Each rank takes its own; a list of another length is refused."""
+    with ToyServer(ToyEngine(ranks=2)) as server:
+        post = httpx.Client(base_url=server.url, timeout=30).post
+        trainers = [Shared(Trainer(seed).tensors) for seed in (2, 3)]
+        infos = [t.part()["update_info"] for t in trainers]
+        for path, body in (
+            ("/start_weight_update", {"is_checkpoint_format": True}),
+            ("/update_weights", {"update_info": infos}),
+            ("/finish_weight_update", {"weight_version": "apart"}),
+        ):
+            assert post(path, json=body).status_code == 200
+        assert [w.holds(s) for w in server.engine.workers for s in (2, 3)] == [1, 0, 0, 1]
+        assert post("/start_weight_update").status_code == 200
+        for wrong in (infos[:1] * 3, []):
+            said = post("/update_weights", json={"update_info": wrong})
+            assert (said.status_code, said.json()["code"]) == (400, "RequestError")
+            assert f"a list of {len(wrong)}, there are 2 workers" in said.text
+        for trainer in trainers:
+            trainer.close()
+
+
+def test_weights_in_another_form_than_a_checkpoints_are_refused() -> None:
+    with ToyServer(ToyEngine()) as server:
+        said = httpx.post(server.url + "/start_weight_update", json={"is_checkpoint_format": False})
+        assert said.status_code == 400
+        assert "is_checkpoint_format must be true" in said.text
+        assert httpx.get(server.url + "/weight_transfer_status").json()["state"] == "IDLE"

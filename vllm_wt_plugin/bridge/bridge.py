@@ -133,7 +133,7 @@ class VLLMWeightBridge:
             self._attached, self._presence = answer["attached"], presence
             views = self._importer.open(registration)
             self._importer.wait(registration)
-        except BaseException:
+        except BaseException:  # raised again: an interrupt too must leave nobody attached
             self._detach()
             presence.close()
             raise
@@ -218,6 +218,8 @@ class VLLMWeightBridge:
         try:
             with self._written():
                 yield
+        # The user's own code, and interrupts: whatever ends a step, the server must hear of it now
+        # and not when the lease ends. Raised again.
         except BaseException as exc:
             if session:
                 self._http.abort(session, f"the trainer's step failed: {type(exc).__name__}: {exc}")

@@ -1,29 +1,24 @@
-"""`WeightTransferEngine` and its backends, for programs that construct and drive one themselves.
+"""`WeightTransferEngine`, for programs that construct and drive one themselves.
 
-An engine that vLLM makes is `worker/engine.py`; this one needs no vLLM: it opens what a trainer
-sent and hands the tensors to `load_weights`.
+An engine that vLLM makes is `worker/engine.py`; this one needs no vLLM: it takes what a trainer
+sends and hands it to `load_weights` or `apply_patches`.
 """
 
 from __future__ import annotations
 
-import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, ClassVar
+from collections.abc import Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 import torch
 
-from vllm_wt_plugin.compat import send
-from vllm_wt_plugin.compat.info import (
-    IPCTrainerSendWeightsArgs,
-    IPCWeightTransferInitInfo,
-    IPCWeightTransferUpdateInfo,
-)
-from vllm_wt_plugin.transport.ipc import Importer
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 Load = Callable[[list[tuple[str, torch.Tensor]]], object]
+ApplyPatches = Callable[[list[SparseWeightPatch]], object]
+T = TypeVar("T")
 
 
 class WeightTransferEngine(ABC):
@@ -68,11 +63,30 @@ class WeightTransferEngine(ABC):
 
     @abstractmethod
     def receive_weights(self, update_info: Any, load_weights: Load | None = None) -> None:
-        """Receive one update's tensors and give them to `load_weights` (default: the model's)."""
+        """Receive one update's tensors and give them to `load_weights` (default: the model's).
+        Blocking. Raises ValueError for an update that is not dense."""
+
+    @abstractmethod
+    def receive_sparse_weights(self, update_info: Any, apply_patches: ApplyPatches) -> None:
+        """Receive one update's patches and give them all to `apply_patches`. Blocking. Raises
+        ValueError for an update that is not sparse."""
 
     @abstractmethod
     def shutdown(self) -> None:
         """Let go of the trainer. Idempotent."""
+
+    @staticmethod
+    @abstractmethod
+    def trainer_send_weights(*args: Any, **kwargs: Any) -> None:
+        """Send into the update that is open. Blocking. Raises ValueError for arguments that do
+        not fit."""
+
+    @staticmethod
+    @abstractmethod
+    def trainer_send_sparse_weights(
+        iterator: Iterable[SparseWeightPatch], trainer_args: Any
+    ) -> None:
+        """Patches into the update that is open. Blocking. Raises ValueError, RequestError."""
 
     def _load(self, load_weights: Load | None) -> Load:
         load = load_weights or getattr(self.model, "load_weights", None)
@@ -81,53 +95,24 @@ class WeightTransferEngine(ABC):
         return load
 
 
-class IPCWeightTransferEngine(WeightTransferEngine):
-    """Tensors of a trainer on this host: over CUDA IPC, or in shared memory on a CPU."""
+def update_of(update_info: Any, kind: str) -> UpdateInfo:
+    """One of the dataclasses as what travels. Raises ValueError for another kind of update."""
+    if update_info.update_kind != kind:
+        other = "receive_weights" if kind == "sparse_flat" else "receive_sparse_weights"
+        raise ValueError(f"the update is {update_info.update_kind!r}: {other} takes it")
+    given = {k: v for k, v in vars(update_info).items() if v is not None}
+    return msg.convert(given, UpdateInfo)
 
-    init_info_cls = IPCWeightTransferInitInfo
-    update_info_cls = IPCWeightTransferUpdateInfo
 
-    def __init__(
-        self,
-        config: Any,
-        parallel_config: Any,
-        device: Any = None,
-        model: torch.nn.Module | None = None,
-    ) -> None:
-        super().__init__(config, parallel_config, device, model)
-        self._importer = Importer(getattr(self.device, "index", None))
-
-    def init_transfer_engine(self, init_info: Any) -> None:
-        """Nothing to do: an update brings all that is needed."""
-
-    def receive_weights(self, update_info: Any, load_weights: Load | None = None) -> None:
-        """Blocking; the tensors are gone when it returns. Raises ValueError, HandleError."""
-        load, key = self._load(load_weights), secrets.token_hex(16)
-        given = {k: v for k, v in vars(update_info).items() if v is not None}
-        parts = msg.convert(given, UpdateInfo).registrations(key)
-        registration = msg.PreparePart("", key, (parts,)).own(0, self._importer.gpu)
-        tensors = self._importer.open(registration)
-        try:
-            self._importer.check_alive(key)
-            self._importer.wait(registration)
-            load(list(tensors.items()))
-            if torch.cuda.is_available():
-                torch.cuda.synchronize(self._importer.device)
-        finally:
-            self._importer.close(key)
-
-    def shutdown(self) -> None:
-        self._importer.close()
-
-    @staticmethod
-    def trainer_send_weights(
-        iterator: Iterable[tuple[str, torch.Tensor]] | Iterator[tuple[str, torch.Tensor]],
-        trainer_args: IPCTrainerSendWeightsArgs | dict[str, Any],
-    ) -> None:
-        """Send into the update that is open (`start_weight_update`); see `send.send`.
-
-        Raises ValueError for arguments that do not fit.
-        """
-        if isinstance(trainer_args, dict):
-            trainer_args = IPCTrainerSendWeightsArgs(**trainer_args)
-        send.send(iterator, trainer_args)
+def args_of(kind: type[T], *given: Any, **named: Any) -> T:
+    """A trainer's arguments: as that dataclass, as a dict (`trainer_args`), or one by one. Raises
+    ValueError."""
+    whole = given[0] if given else named.get("trainer_args")
+    if len(given) + len(named) == 1 and isinstance(whole, kind):
+        return whole
+    if len(given) + len(named) == 1 and isinstance(whole, dict):
+        given, named = (), whole
+    try:
+        return kind(*given, **named)
+    except TypeError as exc:
+        raise ValueError(f"Invalid trainer_args: {exc}") from exc

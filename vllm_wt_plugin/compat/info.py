@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire.torch_handles import unpickled
 
@@ -113,12 +115,23 @@ class IPCWeightTransferUpdateInfo(_Kind, WeightTransferUpdateInfo):
 
 @dataclass
 class NCCLWeightTransferInitInfo(WeightTransferInitInfo):
-    """Where to meet. A worker's rank in the group is `rank_offset` + its global rank."""
+    """Where to meet: an address, or between GPUs the id of a trainer without torch. A worker's
+    rank in the group is `rank_offset` + its global rank. `packed` and its buffers: of every
+    update that does not say so itself."""
 
-    master_address: str
-    master_port: int
+    master_address: str | None
+    master_port: int | None
     rank_offset: int
     world_size: int
+    nccl_unique_id_b64: str | None = field(default=None, repr=False)
+    packed: bool = False
+    packed_buffer_size_bytes: int = BUFFER_BYTES
+    packed_num_buffers: int = BUFFERS
+
+    def __post_init__(self) -> None:
+        where = self.master_address is not None, self.master_port is not None
+        if where != (self.nccl_unique_id_b64 is None,) * 2:
+            raise ValueError("give master_address and master_port, or nccl_unique_id_b64, not both")
 
 
 @dataclass
@@ -132,6 +145,32 @@ class NCCLWeightTransferUpdateInfo(_Kind, WeightTransferUpdateInfo):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_kind(len(self.names))
+
+
+@dataclass
+class NCCLTrainerSendWeightsArgs:
+    """`group`: what `trainer_init` returned. `packed`: many tensors in one broadcast of about
+    `packed_buffer_size_bytes`; the workers must be told the same. `stream`: on which to send,
+    else the current one. `post_iter_func`: the tensor to send of an item of the iterator."""
+
+    group: Any
+    src: int = 0
+    post_iter_func: Callable[[tuple[str, torch.Tensor]], torch.Tensor] | None = None
+    packed: bool = False
+    stream: torch.cuda.Stream | None = None
+    packed_buffer_size_bytes: int = BUFFER_BYTES
+    packed_num_buffers: int = BUFFERS
+
+    def __post_init__(self) -> None:
+        if self.group is None:
+            raise ValueError("group is required: what trainer_init returned")
+        if self.src != 0:
+            raise ValueError(f"src must be 0, the trainer's rank, got {self.src}")
+        if min(self.packed_buffer_size_bytes, self.packed_num_buffers) <= 0:
+            raise ValueError(
+                "packed_buffer_size_bytes and packed_num_buffers must be positive, got "
+                f"{self.packed_buffer_size_bytes} and {self.packed_num_buffers}"
+            )
 
 
 @dataclass

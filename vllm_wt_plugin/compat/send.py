@@ -1,4 +1,4 @@
-"""The trainer's half of the ipc backend: one open update's tensors, over HTTP or to Ray actors."""
+"""The trainer's half of the ipc engine: a part of the open update, over HTTP or to Ray actors."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import msgspec
 import torch
 
 from vllm_wt_plugin.compat.info import IPCTrainerSendWeightsArgs
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch
+from vllm_wt_plugin.trainer import patching
 from vllm_wt_plugin.trainer.client import HTTPClient
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.wire.buckets import ALIGN
@@ -31,6 +33,14 @@ def send(tensors: Iterable[Named], args: IPCTrainerSendWeightsArgs) -> None:
             registration, _ = exporter.register(detached)
             exporter.refresh()
             _post({"update_info": _update_info(msgspec.to_builtins(registration))}, args)
+
+
+def send_patches(patches: Iterable[SparseWeightPatch], args: IPCTrainerSendWeightsArgs) -> None:
+    """The same for patches with a `full_shape`; raises what is wrong with one, naming it. Called
+    on one rank."""
+    if args.packed:
+        raise ValueError("patches are not packed: leave out `packed`")
+    patching.send_patches(lambda info: _post({"update_info": info}, args), patches)
 
 
 def _update_info(table: dict[str, Any]) -> dict[str, Any]:

@@ -59,7 +59,7 @@ def _write(folder: Path, model: str, exported: bridge.Exported) -> None:
         with os.fdopen(fd, "w") as file:
             json.dump(bridge.config_file(model, exported), file, indent=1)
         os.replace(name, folder / bridge.CONFIG_FILE)
-    except BaseException:
+    except BaseException:  # raised again: nothing half-written stays, even where the server ends
         os.unlink(name)
         raise
 

@@ -49,7 +49,7 @@ class EngineControl:
         start = time.perf_counter()
         try:
             outcome = await call
-        except Exception as exc:
+        except Exception as exc:  # every failure counts, by its kind, and goes on to the caller
             error = exchange.unexpected(exc)
             self.metrics.failed(type(error).__name__, rolled_back=error.rolled_back)
             raise
@@ -85,9 +85,10 @@ class EngineControl:
         return await self._at_once("weight_finish", body, exchange.finish(body))
 
     @property
-    def by_group(self) -> bool:
-        """Whether vLLM's own clients send their bytes through a group."""
-        return bool(self.engine.vllm_config.weight_transfer_config.backend == "nccl")
+    def backend(self) -> str:
+        """The name that this engine was started with."""
+        name: str = self.engine.vllm_config.weight_transfer_config.backend
+        return name
 
     async def receive(
         self,
@@ -189,6 +190,7 @@ class EngineControl:
             agree(await self.call(msg.Status()))
         except WeightSyncError:
             raise
+        # vLLM says that a worker lacks a method with whatever its executor raises.
         except Exception as exc:
             raise UnsupportedVLLM(
                 f"the workers have no weight sync verb: {exc}",

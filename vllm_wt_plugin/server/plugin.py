@@ -18,9 +18,9 @@ from vllm_wt_plugin.server.access import AccessMiddleware, AccessPolicy
 from vllm_wt_plugin.server.bridge import SleepGate
 from vllm_wt_plugin.server.control import EngineControl
 from vllm_wt_plugin.server.routes import PATHS, router
+from vllm_wt_plugin.wire.messages import BACKENDS
 
 logger = logging.getLogger("vllm.wt.server")
-BACKENDS = frozenset({"ipc", "nccl"})
 # What an operator does with a DIRTY engine; everything else that is posted asks for tokens.
 _MANAGEMENT = frozenset(
     {
@@ -73,6 +73,7 @@ class WeightSyncPlugin:
         routes, middleware = list(app.router.routes), list(app.user_middleware)
         try:
             self._attach(app)
+        # Whatever it is: routes without their access rules must not stay, and vLLM must start.
         except Exception as exc:
             app.router.routes[:] = routes
             app.user_middleware[:] = middleware

@@ -81,7 +81,7 @@ async def update_weights(request: Request, control: EngineControl) -> dict[str, 
     if any(i.ipc_handles_pickled is not None for i in infos):
         require_token(request.scope)
         infos = await asyncio.to_thread(lambda: [i.unpickled() for i in infos])
-    steps = broadcast.update(infos, body.session, by_group=control.by_group)
+    steps = broadcast.update(infos, body.session, control.backend)
     if steps is None:
         outcome = await control.run(exchange.update(infos, body.session))
     else:
@@ -181,7 +181,7 @@ async def status_of(control: EngineControl) -> dict[str, Any]:
     config = control.engine.vllm_config
     return {
         "protocol": msg.PROTOCOL,
-        "backend": config.weight_transfer_config.backend,
+        "backend": control.backend,
         "world_size": config.parallel_config.world_size_across_dp,
         "device": config.device_config.device_type,
         "state": state.phase,

@@ -12,8 +12,9 @@ from itertools import accumulate
 
 import torch
 
-from vllm_wt_plugin.errors import PlanError, RequestError
+from vllm_wt_plugin.errors import HandleError, PlanError, RequestError
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import INDICES, VALUES, PatchPush
 
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 MAX_INT32 = 2**31 - 1
@@ -185,3 +186,14 @@ def grouped(patches: Sequence[SparseWeightPatch], specs: Mapping[str, ParamSpec]
         )
         for (size, index), rows in by_width.items()
     ]
+
+
+def received(push: PatchPush, memory: dict[str, torch.Tensor]) -> list[SparseWeightPatch]:
+    """The patches of a push that came as tensors, on their own device, unchecked."""
+    try:
+        return [
+            SparseWeightPatch(n, memory[INDICES + n], memory[VALUES + n], tuple(shape))
+            for n, shape in zip(push.names, push.shapes, strict=True)
+        ]
+    except KeyError as exc:
+        raise HandleError("the patch has no such tensor", where=str(exc.args[0])) from exc

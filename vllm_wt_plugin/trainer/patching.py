@@ -5,7 +5,7 @@ Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import msgspec
@@ -13,14 +13,13 @@ import torch
 
 from vllm_wt_plugin.errors import UnknownRegistration
 from vllm_wt_plugin.sparse.patch import SparseWeightPatch
-from vllm_wt_plugin.trainer.client import Client, HTTPClient
+from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Changes
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
-from vllm_wt_plugin.wire.messages import UpdateBody
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.wire.patches import PatchPush, layout, widths
 
@@ -107,13 +106,13 @@ class PatchSender:
 
 
 def send_patches(
-    client: HTTPClient, patches: Iterable[SparseWeightPatch], session: str = ""
-) -> dict[str, Any]:
-    """One update call of an update that is open at `client`, of any patches with a `full_shape`.
-    Blocking; the tensors are free again on return. Raises what is wrong, naming the parameter."""
+    post: Callable[[dict[str, Any]], object], patches: Iterable[SparseWeightPatch]
+) -> None:
+    """Any patches with a `full_shape`, as one part of an open update: `post` gets its
+    `update_info`, and returns once the workers have taken it. The tensors are free again on
+    return. Raises what is wrong, naming the parameter."""
     with Exporter() as exporter:
-        body = UpdateBody(share(patches, exporter), session)
-        return client.post("/update_weights", body)
+        post(msgspec.to_builtins(share(patches, exporter)))
 
 
 def _device(changes: Changes) -> torch.device:

@@ -87,25 +87,11 @@ def join(
     Blocking, at most `timeout_s`; less if `stop` is set. Raises TransferError that names the ranks
     which have not come.
     """
-    deadline = time.monotonic() + timeout_s
-
-    def wait(condition: Callable[[], bool], what: Callable[[], str]) -> None:
-        while not condition():
-            if stop.is_set():
-                raise TransferError("the rendezvous was aborted", where=f"rank {at.rank}")
-            if time.monotonic() > deadline:
-                raise NotJoined(
-                    f"{what()} within {timeout_s:g} s",
-                    where=f"rank {at.rank} of {at.world_size}",
-                    next_step="check that every rank was asked to join and reaches "
-                    f"{at.host}:{at.port}",
-                )
-            time.sleep(0.005)
-
+    wait = Patience(at, timeout_s, stop)
     # What is made here belongs to the device, which a new thread does not know.
     on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with told(f"rank {at.rank}"), on:
-        store = store or _connect(at, wait)
+        store = store or connect(at, wait)
         keys = PrefixStore(at.group, store)
         store.set_timeout(timedelta(seconds=timeout_s))
         backend: Gloo | Nccl = Gloo(at) if device.type == "cpu" else Nccl(at)
@@ -127,11 +113,11 @@ def join(
             keys.set("go", "")
         else:
             wait(lambda: _called(keys), lambda: "rank 0 did not see every rank join")
-        left = max(1.0, deadline - time.monotonic())
-        group = Group(at, backend, backend.connect(keys, left), (keys, store))
+        made = backend.connect(keys, max(1.0, wait.left_s))
+        group = Group(at, backend, made, (keys, store))
         try:
             one = torch.zeros(1, dtype=torch.uint8, device=device)
-            first = group.broadcast(one, left)
+            first = group.broadcast(one, max(1.0, wait.left_s))
             wait(first.done, lambda: "the first broadcast did not end")
         except BaseException:
             group.close()
@@ -211,7 +197,37 @@ def _free(held: list[Any]) -> None:
         del held[0]
 
 
-def _connect(at: Member, wait: Callable[[Callable[[], bool], Callable[[], str]], None]) -> TCPStore:
+class Patience:
+    """Waits of one rank that all end at one deadline, or soon after `stop` is set."""
+
+    def __init__(self, at: Member, timeout_s: float, stop: threading.Event) -> None:
+        self._at, self._timeout_s, self._stop = at, timeout_s, stop
+        self._deadline = time.monotonic() + timeout_s
+
+    @property
+    def left_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def __call__(
+        self, condition: Callable[[], bool], what: Callable[[], str], next_step: str = ""
+    ) -> None:
+        """Poll `condition`. Raises NotJoined that says `what` was waited for, or TransferError."""
+        at = self._at
+        while not condition():
+            if self._stop.is_set():
+                raise TransferError("the rendezvous was aborted", where=f"rank {at.rank}")
+            if self.left_s < 0:
+                raise NotJoined(
+                    f"{what()} within {self._timeout_s:g} s",
+                    where=f"rank {at.rank} of {at.world_size}",
+                    next_step=next_step
+                    or f"check that every rank was asked to join and reaches {at.host}:{at.port}",
+                )
+            time.sleep(0.005)
+
+
+def connect(at: Member, wait: Patience, *, counted: bool = False) -> TCPStore:
+    """The store that the others meet at. `counted`: its owner waits until all are connected."""
     made: list[TCPStore] = []
     why = ""
 
@@ -222,10 +238,10 @@ def _connect(at: Member, wait: Callable[[Callable[[], bool], Callable[[], str]],
                 TCPStore(
                     at.host,
                     at.port,
-                    None,
+                    at.world_size if counted else None,
                     False,
                     timeout=timedelta(seconds=ATTEMPT_S),
-                    wait_for_workers=False,
+                    wait_for_workers=counted,
                     use_libuv=False,
                 )
             )

@@ -33,7 +33,8 @@ def buffers(nbytes: int, device: torch.device) -> list[torch.Tensor]:
 
 class Sender:
     """Rank 0's end of one transfer, on one thread. Raises TransferError, from any method, where
-    a bucket has not reached every rank by the deadline, or the group was aborted.
+    a bucket has not reached every rank by the deadline, or the group was aborted. `buckets`: how
+    many there will be, 0 if that is not known.
 
     On CUDA, filling and sending are ordered by the current stream.
     """
@@ -69,7 +70,7 @@ class Sender:
             self._oldest()
 
     def _oldest(self) -> None:
-        what = f"bucket {self.arrived + 1} of {self._buckets}"
+        what = f"bucket {self.arrived + 1}" + f" of {self._buckets}" * bool(self._buckets)
         pause = _Pause()
         while not _done(self._pending[0], self._group, what):
             if time.monotonic() > self._deadline:

@@ -6,14 +6,24 @@ again and again; between two looks others have their turn, so that an abort need
 
 from __future__ import annotations
 
+import secrets
 from typing import Any
 
+import msgspec
+
 from vllm_wt_plugin.errors import NoUpdate, TransferError
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import exchange, sparse
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree, slowest
 from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps
-from vllm_wt_plugin.wire.nccl import Joined, NcclInit, Progress, Receive, ReceiveNamed
+from vllm_wt_plugin.wire.nccl import (
+    Joined,
+    NcclInit,
+    Progress,
+    Receive,
+    ReceiveNamed,
+    ReceivePatches,
+)
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.update import UpdateInfo
 
@@ -36,29 +46,54 @@ def join(info: dict[str, Any]) -> Steps:
     return Outcome(replies[0].state.version, slowest(replies), None)
 
 
-def update(infos: list[UpdateInfo], session: str, *, by_group: bool) -> Steps | None:
+def update(infos: list[UpdateInfo], session: str, backend: str) -> Steps | None:
     """How the bytes of this part are received; None where it hands them over in memory.
 
-    `by_group`: who only names tensors sends them through a group, as vLLM's `nccl` does.
+    Who only names tensors to a `backend` of vLLM's that broadcasts sends them through a group.
     """
     if any(i.broadcast for i in infos):
         return receive(session)
-    if by_group and len(infos) == 1 and _only_names(infos[0]):
-        return named(infos[0], session)
-    return None
+    if backend not in msg.BY_GROUP or len(infos) != 1 or not infos[0].only_names:
+        return None
+    return _or_leave(_theirs(infos[0], session, backend), session)
 
 
-def _only_names(info: UpdateInfo) -> bool:
-    memory = info.storages or info.handles or info.ipc_handles or info.ipc_handles_pickled
-    return not memory and info.bucket is None and info.update_kind == "dense"
+def _theirs(info: UpdateInfo, session: str, backend: str) -> Steps:
+    if info.update_kind == "sparse_flat":
+        return patches(info, session)
+    if backend == "sparse_nccl" and info.num_updates_list is not None:  # vLLM's, which says no kind
+        return patches(
+            msgspec.structs.replace(info, update_kind="sparse_flat"), session, narrow=True
+        )
+    return named(info, session)
+
+
+def _or_leave(steps: Steps, session: str) -> Steps:
+    """`steps` of a trainer that may be sending already: where they fail, what it sent must not be
+    taken for the next update's, so the group ends, and with it the trainer's wait."""
+    try:
+        return (yield from steps)
+    except Exception as exc:
+        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
+        yield Call((msg.Shutdown(),))
+        raise
 
 
 def named(info: UpdateInfo, session: str = "") -> Steps:
     """The same for vLLM's own trainers, which name the tensors where ours announce them."""
+    info.check_dense()
     info.check_sizes("dtype_names", "shapes")
     specs = tuple(map(ParamSpec, info.names, info.dtype_names, info.shapes))
     check_specs(specs)
-    return (yield from receive(session, ReceiveNamed(session, specs, info.packed), specs))
+    begin = ReceiveNamed(session, specs, info.packed, info.packed_buffer_size_bytes)
+    return (yield from receive(session, begin, specs))
+
+
+def patches(info: UpdateInfo, session: str = "", *, narrow: bool = False) -> Steps:
+    """Patches of one part of the open update: broadcast, then checked and applied."""
+    push = sparse.named(info, secrets.token_hex(16))
+    yield from receive(session, ReceivePatches(session, push, narrow))
+    return (yield from exchange.update(info, session, push))
 
 
 def receive(

@@ -233,14 +233,18 @@ def bucket(index: int, session: str = "") -> Steps:
     return Outcome(done[0].state.version, slowest(done), None)
 
 
-def update(info: UpdateInfo | list[UpdateInfo], session: str = "") -> Steps:
-    """One part of the open update, or a list of what each rank gets. A refused part ends it."""
+def update(
+    info: UpdateInfo | list[UpdateInfo], session: str = "", push: PatchPush | None = None
+) -> Steps:
+    """One part of the open update, or a list of what each rank gets. A refused part ends it.
+
+    `push`: patches that have come already."""
     infos = info if isinstance(info, list) else [info]
     if len(infos) == 1 and infos[0].bucket is not None:
         return (yield from bucket(infos[0].bucket, session))
     key = secrets.token_hex(16)
     sparse = len(infos) == 1 and infos[0].update_kind == "sparse_flat"
-    push = patches(infos[0], key) if sparse else None
+    push = patches(infos[0], key) if sparse and push is None else push
     parts = () if sparse else tuple(i.registrations(key) for i in infos)
     done: list[Reply] = []
     open_ = yield Call((msg.Status(),))

@@ -10,13 +10,23 @@ from vllm_wt_plugin.errors import EngineDirty, HandleError, RequestError, Update
 from vllm_wt_plugin.wire import decoding
 from vllm_wt_plugin.wire.buckets import Geometry
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
-from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed, Verify, Written
+from vllm_wt_plugin.wire.nccl import (
+    Joined,
+    Progress,
+    Receive,
+    ReceiveNamed,
+    ReceivePatches,
+    Verify,
+    Written,
+)
 from vllm_wt_plugin.wire.params import Name, Owner, ParamSpec, Session, Text, Version
 from vllm_wt_plugin.wire.patches import Checksum, PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 decode, convert = decoding.decode, decoding.convert
 PROTOCOL = 1
+BY_GROUP = ("nccl", "sparse_nccl")  # backends whose clients only name what they broadcast
+BACKENDS = ("ipc", *BY_GROUP)
 LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
 
 Lease = Annotated[float, msgspec.Meta(gt=0, le=3600)]
@@ -77,6 +87,12 @@ class StartBody(_Data, frozen=True):
     verify: Verify = "off"  # which of its checksums `finish` will bring (`wire/nccl.py`)
     round: Annotated[int, msgspec.Meta(ge=0, le=2**60)] = 0
     attached: Session | None = None  # a bridge writes in place, nothing is sent; "": the last one
+
+    def __post_init__(self) -> None:
+        if not self.is_checkpoint_format:  # msgspec makes a refusal with the path of it
+            raise ValueError(
+                "is_checkpoint_format must be true: tensors are named and shaped as in a checkpoint"
+            )
 
 
 class UpdateBody(_Data, frozen=True):
@@ -264,8 +280,8 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 Verb = (
     Status | Init | Joined | Begin | Prepare | PreparePart | PreparePatches | Sums | Announce
-    | Receive | ReceiveNamed | Progress | Written | Bucket | Apply | Commit | Abort | EndTurn
-    | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
+    | Receive | ReceiveNamed | ReceivePatches | Progress | Written | Bucket | Apply | Commit
+    | Abort | EndTurn | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])

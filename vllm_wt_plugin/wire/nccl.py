@@ -10,12 +10,15 @@ import msgspec
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire.handles import Hex32
 from vllm_wt_plugin.wire.params import ParamSpec, Session, Text
+from vllm_wt_plugin.wire.patches import PatchPush
 
 TIMEOUT_S, RENDEZVOUS_S = 300.0, 60.0
 SAMPLE = 16  # of so many tensors one is checked, another one in each push
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Verify = Literal["off", "sample", "full"]
+PackedBytes = Annotated[int, msgspec.Meta(ge=1, le=2**40)]  # of one buffer
+PackedBuffers = Annotated[int, msgspec.Meta(ge=1, le=8)]
 
 
 class NcclInit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -32,8 +35,8 @@ class NcclInit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     master_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
     nccl_unique_id_b64: Text | None = None
     packed: bool = False
-    packed_buffer_size_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)] = 1 << 30
-    packed_num_buffers: Annotated[int, msgspec.Meta(ge=1, le=8)] = 2
+    packed_buffer_size_bytes: PackedBytes = 1 << 30
+    packed_num_buffers: PackedBuffers = 2
     communicator: Literal["pynccl", "torch"] = "pynccl"
     protocol: int = 1
     group: Hex32 | None = None
@@ -100,6 +103,18 @@ class ReceiveNamed(_Verb, frozen=True, tag="receive_named"):
     session: Session
     specs: tuple[ParamSpec, ...]
     packed: bool = False  # where init did not say so
+    buffer_bytes: PackedBytes | None = None  # None: as init said
+
+
+class ReceivePatches(_Verb, frozen=True, tag="receive_patches"):
+    """Check what `push` names, and begin to take the indices and values of each from the group;
+    once all are here, `PreparePatches` of the same push finds them.
+
+    `narrow`: indices are int32 for tensors of any size, as vLLM's own trainer sends them."""
+
+    session: Session
+    push: PatchPush
+    narrow: bool = False
 
 
 class Progress(_Verb, frozen=True, tag="progress"):

@@ -9,6 +9,7 @@ import msgspec
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.wire import torch_handles
 from vllm_wt_plugin.wire.handles import Registration, Storage, TensorRef
+from vllm_wt_plugin.wire.nccl import PackedBuffers, PackedBytes
 from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size, Version
 from vllm_wt_plugin.wire.patches import Checksum
 
@@ -27,6 +28,8 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     shapes: list[Shape] = []
     update_kind: Literal["dense", "sparse_flat"] = "dense"
     packed: bool = False
+    packed_buffer_size_bytes: PackedBytes | None = None  # the older form, of what is broadcast
+    packed_num_buffers: PackedBuffers | None = None
     bucket: Annotated[int, msgspec.Meta(ge=0, le=2**40)] | None = None  # of an announced update
     broadcast: bool = False  # all buckets of an announced update come through its group
     storages: list[Storage] = []
@@ -57,6 +60,20 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                     where=f"$.update_info.{what}",
                 )
 
+    @property
+    def only_names(self) -> bool:
+        """Whether it hands over no memory: its tensors come in another way."""
+        memory = self.storages or self.handles or self.ipc_handles or self.ipc_handles_pickled
+        return not memory and self.bucket is None
+
+    def check_dense(self) -> None:
+        if self.num_updates_list is not None:
+            raise RequestError(
+                "`num_updates_list` is for sparse updates",
+                where="$.update_info.num_updates_list",
+                next_step='say update_kind "sparse_flat", or leave it out',
+            )
+
     def registrations(self, key: str) -> dict[str, Registration]:
         """What a worker shall open, by the UUID of its GPU, or one under "" for every worker.
 
@@ -67,12 +84,7 @@ class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
                 "patches come in one update_info for all workers, not in a list",
                 next_step="send one, or push patches with WeightSync",
             )
-        if self.num_updates_list is not None:
-            raise RequestError(
-                "`num_updates_list` is for sparse updates",
-                where="$.update_info.num_updates_list",
-                next_step='say update_kind "sparse_flat", or leave it out',
-            )
+        self.check_dense()
         if self.ipc_handles_pickled is not None:
             return self.unpickled().registrations(key)
         if self.packed and self.tensor_sizes is None:

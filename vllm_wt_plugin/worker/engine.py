@@ -5,7 +5,6 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,19 +14,17 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 
-from vllm_wt_plugin import _vllm
+from vllm_wt_plugin import _pynccl, _vllm
 from vllm_wt_plugin._vllm import VllmHost, init_logger
 from vllm_wt_plugin.errors import RequestError, from_dict
-from vllm_wt_plugin.sparse.patch import SparseWeightPatch
+from vllm_wt_plugin.sparse.patch import SparseWeightPatch, received
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.sparse import patches
 from vllm_wt_plugin.wire.update import UpdateInfo
-from vllm_wt_plugin.worker import pynccl
 from vllm_wt_plugin.worker.link import Link
-from vllm_wt_plugin.worker.patches import received
 from vllm_wt_plugin.worker.session import WorkerSession
 
 logger = init_logger("vllm.wt.worker")
@@ -57,7 +54,7 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
             synchronize=self._synchronize,
             shadow=_shadow(vllm_config),
-            link=Link(rank, device, partial(pynccl.meet, _vllm.pynccl), _vllm.shared_nccl_env),
+            link=Link(rank, device, _pynccl.load, _vllm.shared_nccl_env),
             shared=parallel._api_process_count > 1,
         )
 
@@ -80,7 +77,7 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
     def init_transfer_engine(self, init_info: Any) -> None:
         self._run(msg.Init(init_info))
 
-    def start_weight_update(self) -> None:
+    def start_weight_update(self, is_checkpoint_format: bool = True) -> None:
         self._session_id = secrets.token_hex(16)
         self._run(msg.Begin(self._session_id, "a vLLM client", msg.LEASE_S, False))
 

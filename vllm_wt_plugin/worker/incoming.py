@@ -7,14 +7,22 @@ from collections.abc import Callable
 
 from vllm_wt_plugin.errors import NoUpdate, RequestError
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.nccl import Progress, Receive, ReceiveNamed, Written, checked
+from vllm_wt_plugin.wire.nccl import (
+    Progress,
+    Receive,
+    ReceiveNamed,
+    ReceivePatches,
+    Written,
+    checked,
+)
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import WAIT_S, Link
 from vllm_wt_plugin.worker.open import Draft, Open
 from vllm_wt_plugin.worker.packed import PackedUpdate
+from vllm_wt_plugin.worker.patches import Arriving
 
-Verb = msg.Announce | msg.Bucket | Receive | ReceiveNamed | Progress | Written
+Verb = msg.Announce | msg.Bucket | Receive | ReceiveNamed | ReceivePatches | Progress | Written
 
 
 class Incoming:
@@ -27,9 +35,13 @@ class Incoming:
     def run(self, verb: Verb, open_: Open, out: Draft) -> None:
         if isinstance(verb, msg.Announce):
             return self._announce(verb, open_, out)
+        if isinstance(verb, ReceivePatches):
+            return self._patches(verb, open_, out)
         if isinstance(verb, ReceiveNamed):
             verb = self._named(verb, open_, out)
-        packed = open_.packed
+        packed, coming = open_.packed, open_.arriving or open_.packed
+        if isinstance(verb, Progress) and coming is not None:
+            return self._progress(coming, open_, out)
         if packed is None:
             raise NoUpdate("no packed update is announced", next_step="start one")
         match verb:
@@ -38,10 +50,8 @@ class Incoming:
                 self._bucket(verb.index, packed, open_, out)
             case Receive():
                 open_.by("by broadcast")
-                self._link.receive(packed)
+                self._link.receive(packed.memory, packed.sizes)
                 out.info["receiving"] = True
-            case Progress():
-                self._progress(packed, open_, out)
             case Written():
                 with out.timed("verify"):
                     out.info |= self._known.written(packed, verb.names)
@@ -68,13 +78,24 @@ class Incoming:
             )
         self._link.expect(None)
         announced, new = self._known.announced(
-            self._link.announcement(specs, verb.packed), out.timed
+            self._link.announcement(specs, verb.packed, verb.buffer_bytes), out.timed
         )
         if new:
             out.report = announced.plan.report
         self._last_named = specs
         open_.packed = PackedUpdate(announced, self._known.host)
         return Receive(verb.session)
+
+    def _patches(self, verb: ReceivePatches, open_: Open, out: Draft) -> None:
+        """Begin to receive, if every name has a place; without values nothing will come."""
+        open_.by("as patches")
+        self._link.expect(None)
+        with out.timed("plan"):
+            self._known.patched(verb.push)
+        open_.arriving = Arriving(verb, self._known.host.device)
+        if not open_.arriving.complete:
+            self._link.receive(open_.arriving.memory, open_.arriving.sizes)
+        out.info["receiving"] = not open_.arriving.complete
 
     def _bucket(self, index: int, packed: PackedUpdate, open_: Open, out: Draft) -> None:
         """Copy one bucket out of its buffer, which the trainer fills anew when this returns."""
@@ -85,18 +106,18 @@ class Incoming:
             packed.receive()
             self._synchronize()
 
-    def _progress(self, packed: PackedUpdate, open_: Open, out: Draft) -> None:
-        """Copy what arrives within a moment, each bucket while the next one travels."""
+    def _progress(self, coming: PackedUpdate | Arriving, open_: Open, out: Draft) -> None:
+        """Take what arrives within a moment, each bucket while the next one travels."""
         deadline = time.monotonic() + WAIT_S
-        while not packed.complete and (left := deadline - time.monotonic()) > 0:
+        while not coming.complete and (left := deadline - time.monotonic()) > 0:
             with out.timed("wait"):
                 index = self._link.next(left)
             if index is not None:
-                open_.wrote = True
-                packed.receive()
+                open_.wrote |= coming.writes
+                coming.receive()
                 self._link.release()
-        if packed.complete:
+        if coming.complete:
             with out.timed("copy"):
                 self._synchronize()
             self._link.done()
-        out.info["receiving"] = not packed.complete
+        out.info["receiving"] = not coming.complete

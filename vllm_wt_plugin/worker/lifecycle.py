@@ -40,8 +40,7 @@ def _start_draft(core: Any) -> None:
 def _update(core: Any, update_info: dict[str, Any] | list[dict[str, Any]]) -> None:
     session = _session(core)
     infos = msg.convert({"update_info": update_info}, msg.UpdateBody).infos
-    by_group = core.vllm_config.weight_transfer_config.backend == "nccl"
-    steps = broadcast.update(infos, session, by_group=by_group)
+    steps = broadcast.update(infos, session, core.vllm_config.weight_transfer_config.backend)
     _run(core, exchange.update(infos, session) if steps is None else steps)
 
 

@@ -8,26 +8,26 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import msgspec
 import torch
 
-from vllm_wt_plugin.errors import NoUpdate, TransferError, UnknownRegistration
-from vllm_wt_plugin.transport.backends import Member
-from vllm_wt_plugin.transport.group import Communicator, Joining, join
+from vllm_wt_plugin.errors import NoUpdate, UnknownRegistration, UnsupportedVLLM
+from vllm_wt_plugin.transport.group import Communicator, Joining
 from vllm_wt_plugin.transport.nccl import Receiver
-from vllm_wt_plugin.wire.buckets import Geometry, size
+from vllm_wt_plugin.transport.pynccl import Load, Make, meet
+from vllm_wt_plugin.wire.buckets import Geometry
 from vllm_wt_plugin.wire.messages import Announce, Announcement
 from vllm_wt_plugin.wire.nccl import NcclInit
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.worker.packed import PackedUpdate
 
 WAIT_S = 0.05  # for which one verb keeps the worker: others queue behind it
 
-# vLLM's own rendezvous: payload, rank in the group, device, what ends the wait.
-PyNccl = Callable[[NcclInit, int, torch.device, threading.Event], Communicator]
+
+def _no_pynccl() -> Make:
+    raise UnsupportedVLLM("this engine has no PyNccl")
 
 
 class Link:
@@ -40,7 +40,7 @@ class Link:
         self,
         rank: int,
         device: torch.device,
-        pynccl: PyNccl | None = None,
+        pynccl: Load = _no_pynccl,
         shared_env: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         self._rank, self._device, self._pynccl = rank, device, pynccl
@@ -58,16 +58,8 @@ class Link:
         self._joining = Joining(lambda stop: self._meet(init, rank, stop))
 
     def _meet(self, init: NcclInit, rank: int, stop: threading.Event) -> Communicator:
-        if init.communicator == "pynccl":
-            if self._pynccl is None:
-                raise TransferError("this engine has no PyNccl", where=f"rank {self._rank}")
-            return self._pynccl(init, rank, self._device, stop)
-        at = Member(
-            host=init.master_address or "", port=init.master_port or 0, group=init.group or "",
-            rank=rank, world_size=init.world_size,
-        )  # fmt: skip
         with self._shared_env():
-            return join(at, self._device, init.rendezvous_s, stop)
+            return meet(init, rank, self._device, stop, self._pynccl)
 
     def joined(self) -> bool:
         """Whether this rank is in the group, after a moment's wait. Raises TransferError."""
@@ -93,23 +85,25 @@ class Link:
                 next_step="init the transfer engine again",
             )
 
-    def announcement(self, specs: tuple[ParamSpec, ...], packed: bool) -> Announce:
+    def announcement(
+        self, specs: tuple[ParamSpec, ...], packed: bool, buffer_bytes: int | None
+    ) -> Announce:
         """What vLLM's trainers leave unsaid of these tensors; the same for the same."""
         init = self.init
         if init is None:
             raise NoUpdate("no group was joined", next_step="init the transfer engine")
         geometry: Geometry = "vllm" if packed or init.packed else "apart"
-        made = Announcement("0" * 32, specs, init.packed_buffer_size_bytes, geometry=geometry)
+        nbytes = buffer_bytes or init.packed_buffer_size_bytes
+        made = Announcement("0" * 32, specs, nbytes, geometry=geometry)
         key = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).hexdigest()
         return Announce("", key, msgspec.structs.replace(made, id=key))
 
-    def receive(self, update: PackedUpdate) -> None:
-        """Begin to take all buckets of `update`."""
+    def receive(self, memory: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
+        """Begin to take buckets of these sizes, each into the next of `memory`, in turn."""
         self.expect(None if self.init is None else self.init.group)
         if self._group is None or self.init is None or self._receiver is not None:
             raise NoUpdate("the buckets of this update are being received already")
-        sizes = [size(b) for b in update.buckets]
-        self._receiver = Receiver(self._group, update.memory, sizes, self.init.timeout_s)
+        self._receiver = Receiver(self._group, memory, sizes, self.init.timeout_s)
 
     def next(self, wait_s: float) -> int | None:
         """The next bucket that is here; None if there is none within `wait_s`."""

@@ -17,7 +17,7 @@ from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.export import Attached
 from vllm_wt_plugin.worker.known import Registered
 from vllm_wt_plugin.worker.packed import PackedUpdate
-from vllm_wt_plugin.worker.patches import PatchUpdate
+from vllm_wt_plugin.worker.patches import Arriving, PatchUpdate
 from vllm_wt_plugin.worker.plan.update import Place, Update
 
 
@@ -35,6 +35,7 @@ class Open:
     prepared: Registered | None = None
     way: str = ""  # how its tensors come; one update, one way
     packed: PackedUpdate | None = None
+    arriving: Arriving | None = None
     attached: Attached | None = None  # who writes in place
     update: Update | None = None  # a complete one, ready for commit
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update

@@ -80,8 +80,11 @@ class PackedUpdate:
     """One packed update under way: buckets in order, each once. Of the `checked` names that end in
     another form than they came in, what comes is summed."""
 
+    writes = True
+
     def __init__(self, announced: Announced, host: Host, checked: Iterable[str] = ()) -> None:
-        self.plan, self.buckets, self.memory = announced.plan, announced.buckets, announced.memory
+        self.plan, self.memory = announced.plan, announced.memory
+        self.sizes = [size(b) for b in announced.buckets]
         self._announced = announced
         self._update = Update(host, announced.plan)
         self._next = 0
@@ -118,12 +121,12 @@ class PackedUpdate:
 
     @property
     def complete(self) -> bool:
-        return self._next == len(self.buckets)
+        return self._next == len(self.sizes)
 
     def finish(self) -> None:
         if not self.complete:
             raise RequestError(
-                f"{len(self.buckets) - self._next} of {len(self.buckets)} buckets never came",
+                f"{len(self.sizes) - self._next} of {len(self.sizes)} buckets never came",
                 next_step="send every bucket before finishing the update",
             )
         self._update.finish()

@@ -17,21 +17,21 @@ from vllm_wt_plugin.errors import (
     TransferError,
     VersionMismatch,
 )
-from vllm_wt_plugin.sparse.patch import WORDS, Group, SparseWeightPatch, grouped
+from vllm_wt_plugin.sparse.patch import WORDS, Group, grouped, received
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.moved import Moved
+from vllm_wt_plugin.wire.nccl import ReceivePatches
 from vllm_wt_plugin.wire.params import ParamSpec
-from vllm_wt_plugin.wire.patches import INDICES, VALUES, Part, PatchPush, Section, layout
+from vllm_wt_plugin.wire.patches import Part, PatchPush, Section, layout
+from vllm_wt_plugin.wire.sparse import parts
 from vllm_wt_plugin.worker.known import Known, Patched, Timed
 from vllm_wt_plugin.worker.places import Places
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.update import Update
 
 
-def open_patches(
-    known: Known, push: PatchPush, version: str, dirty: str, timed: Timed
-) -> tuple[PatchUpdate, PlanReport | None]:
-    """The update that `push` asks of weights at `version`, checked; the report of a new plan."""
+def check_start(push: PatchPush, version: str, dirty: str) -> None:
+    """Raise unless `push` can start from weights at `version`."""
     if dirty:
         raise EngineDirty(
             f"patches need whole weights to start from, these are DIRTY: {dirty}",
@@ -42,13 +42,45 @@ def open_patches(
             f"the patches start from version {push.base_version!r}, the engine holds {version!r}",
             next_step="push dense",
         )
+
+
+def open_patches(
+    known: Known, push: PatchPush, memory: dict[str, torch.Tensor] | None, timed: Timed
+) -> tuple[PatchUpdate, PlanReport | None]:
+    """The update that `push` asks for, checked; the report of a new plan. `memory`: its tensors,
+    where they have come by broadcast."""
     with timed("plan"):
         patched, new = known.patched(push)
-    with timed("wait"):
-        memory = known.patch_memory(push)
+    if memory is None:
+        with timed("wait"):
+            memory = known.patch_memory(push)
     with timed("read"):
         update = PatchUpdate(known.host, patched, push, memory)
     return update, patched.places.plan.report if new else None
+
+
+class Arriving:
+    """Patches that come through a group, each tensor whole, in `tensors` by name; nothing live is
+    written before all are here and were checked."""
+
+    writes = False
+
+    def __init__(self, verb: ReceivePatches, device: torch.device) -> None:
+        self.tensors = {
+            name: torch.empty(n, dtype=getattr(torch, dtype), device=device)
+            for name, dtype, n in parts(verb.push, narrow=verb.narrow)
+        }
+        self.memory = [t.view(torch.uint8) for t in self.tensors.values() if t.numel()]
+        self.sizes = [m.numel() for m in self.memory]
+        self._left = len(self.memory)
+
+    def receive(self) -> None:
+        """One more is here."""
+        self._left -= 1
+
+    @property
+    def complete(self) -> bool:
+        return not self._left
 
 
 class PatchUpdate:
@@ -179,17 +211,6 @@ def _in_tensors(push: PatchPush, patched: Patched, memory: dict[str, torch.Tenso
     if push.whole:
         raise RequestError("tensors in full come in a buffer only", where="$.whole")
     return grouped(received(push, memory), {s.name: s for s in patched.specs}), {}
-
-
-def received(push: PatchPush, memory: dict[str, torch.Tensor]) -> list[SparseWeightPatch]:
-    """The patches of a push that came as tensors, on their own device, unchecked."""
-    try:
-        return [
-            SparseWeightPatch(n, memory[INDICES + n], memory[VALUES + n], tuple(shape))
-            for n, shape in zip(push.names, push.shapes, strict=True)
-        ]
-    except KeyError as exc:
-        raise HandleError("the patch has no such tensor", where=str(exc.args[0])) from exc
 
 
 def _group(

@@ -1,7 +1,7 @@
 """`register()`: the general plugin. vLLM calls it in every process, before a model is built.
 
 What it adds to vLLM: the verb `Worker.weight_sync`; a blueprint of every model; our engine under
-`ipc` (vLLM's own stays `upstream_ipc`). What it wraps passes through untouched where another
+`BACKENDS` (vLLM's own stay `upstream_ipc`, …). What it wraps passes through untouched where another
 engine is in use.
 """
 
@@ -30,8 +30,9 @@ def register() -> None:
         logger.error("vllm_wt_plugin is off, vLLM's own weight transfer stays in use: %s", exc)
     else:
         logger.info(
-            "vllm_wt_plugin: weight transfer backends 'ipc' and 'nccl' are ours; "
-            "vLLM's own are 'upstream_ipc' and 'upstream_nccl'"
+            "vllm_wt_plugin: weight transfer backends %s are ours; vLLM's own are %s",
+            ", ".join(msg.BACKENDS),
+            ", ".join(f"upstream_{name}" for name in msg.BACKENDS),
         )
 
 
@@ -65,8 +66,13 @@ def _register() -> None:
         core.weight_patch = in_core.weight_patch
         core.weight_start = in_core.weight_start
         core.weight_finish = in_core.weight_finish
-    for name in ("ipc", "nccl"):
-        _vllm.swap_engine(name, IPCEngine)
+    try:
+        for name in msg.BACKENDS:
+            _vllm.swap_engine(name, IPCEngine)
+    except BaseException:  # all or none of them
+        for name in msg.BACKENDS:
+            _vllm.unswap_engine(name)
+        raise
 
 
 def _engine(worker: Any) -> Any | None:
@@ -98,7 +104,7 @@ def _ours(core: Any) -> bool:
     from vllm_wt_plugin import _vllm
 
     config = core.vllm_config.weight_transfer_config
-    served = config is not None and config.backend in ("ipc", "nccl")
+    served = config is not None and config.backend in msg.BACKENDS
     return served and _vllm.serves(config.backend)  # registration may have failed half-way
 
 

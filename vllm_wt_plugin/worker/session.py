@@ -25,14 +25,13 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.messages import Announce, Bucket
-from vllm_wt_plugin.wire.nccl import Joined, NcclInit, Progress, Receive, ReceiveNamed, Written
+from vllm_wt_plugin.wire.nccl import Joined, NcclInit
 from vllm_wt_plugin.worker.export import Exports
 from vllm_wt_plugin.worker.incoming import Incoming
 from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.open import Committed, Draft, Open
-from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
+from vllm_wt_plugin.worker.patches import PatchUpdate, check_start, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Update, check_equal, check_filled, places
@@ -123,8 +122,6 @@ class WorkerSession:
                 self._awake()
                 places = self.known.places_for(verb.specs)
                 out.info["sums"], out.report = places.sums_of(verb.names), places.plan.report
-            case Announce() | Bucket() | Receive() | ReceiveNamed() | Progress() | Written():
-                self.incoming.run(verb, self._mine(verb.session, out), out)
             case msg.Apply():
                 self.apply(verb.session, out)
             case msg.Commit():
@@ -152,6 +149,8 @@ class WorkerSession:
                 self.exports.detach(verb.attached)
             case msg.Touch():
                 self.touch(verb, out)
+            case _:  # what `Incoming` is for
+                self.incoming.run(verb, self._mine(verb.session, out), out)
 
     def abort_verb(self, verb: msg.Abort, out: Draft) -> None:
         if self.open is not None and verb.session in ("", self.open.session):
@@ -201,9 +200,10 @@ class WorkerSession:
         """Everything that can be wrong is found here, while the engine serves."""
         open_ = self._mine(verb.session, out)
         open_.by("as patches")
-        update, out.report = open_patches(
-            self.known, verb.push, self.version, self.dirty, out.timed
-        )
+        check_start(verb.push, self.version, self.dirty)
+        arrived, open_.arriving = open_.arriving, None
+        memory = None if arrived is None else arrived.tensors
+        update, out.report = open_patches(self.known, verb.push, memory, out.timed)
         with out.timed("read"):
             out.info["sums"] = update.prepare()
         open_.patches.append(update)
