@@ -25,6 +25,33 @@ KINDS: list[Any] = [
 ]  # fmt: skip
 
 
+NAMES = """
+    IPCTrainerSendWeightsArgs IPCWeightTransferInitInfo IPCWeightTransferUpdateInfo
+    IPCWeightTransferEngine NCCLTrainerSendWeightsArgs NCCLWeightTransferInitInfo
+    NCCLWeightTransferUpdateInfo NCCLWeightTransferEngine WeightTransferEngine SparseWeightPatch
+    WeightTransferInitRequest WeightTransferUpdateRequest
+"""
+METHODS = """
+    parse_init_info parse_update_info init_transfer_engine receive_weights receive_sparse_weights
+    trainer_send_weights trainer_send_sparse_weights shutdown
+"""
+
+
+@pytest.mark.parametrize("name", NAMES.split())
+def test_every_name_is_public(name: str) -> None:
+    assert name in wt.__all__
+    assert getattr(wt, name).__name__ == name
+    assert getattr(wt, name).__doc__
+
+
+@pytest.mark.parametrize("name", METHODS.split())
+def test_every_method_is_there(name: str) -> None:
+    for kind in (
+        wt.WeightTransferEngine, wt.IPCWeightTransferEngine, wt.NCCLWeightTransferEngine,
+    ):  # fmt: skip
+        assert callable(getattr(kind, name))
+
+
 # ---- what a trainer says ------------------------------------------------------------------
 
 
@@ -191,11 +218,23 @@ class Receiver:
 
     def __init__(self) -> None:
         self.model, self.requests = Model(), list[dict[str, Any]]()
+        self.patches: list[wt.SparseWeightPatch] = []
         self.engine = wt.IPCWeightTransferEngine(None, None, model=self.model)
 
     def update(self, request: dict[str, Any]) -> None:
         self.requests.append(request)
-        self.engine.receive_weights(self.engine.parse_update_info(request["update_info"]))
+        info = self.engine.parse_update_info(request["update_info"])
+        if info.update_kind == "dense":
+            self.engine.receive_weights(info)
+        else:
+            self.engine.receive_sparse_weights(info, self.keep)
+
+    def keep(self, given: list[wt.SparseWeightPatch]) -> None:
+        """Copies: what a patch came in is its trainer's."""
+        self.patches += [
+            wt.SparseWeightPatch(p.name, p.indices.clone(), p.values.clone(), p.full_shape)
+            for p in given
+        ]
 
     def check(self) -> None:
         assert self.model.loaded.keys() == TENSORS.keys()
@@ -285,3 +324,69 @@ def test_a_refusal_is_raised_as_it_was_said(
         wt.IPCWeightTransferEngine.trainer_send_weights(
             TENSORS.items(), {"mode": "http", "url": url[0]}
         )
+
+
+def patches() -> list[wt.SparseWeightPatch]:
+    return [
+        wt.SparseWeightPatch("a", torch.tensor([7, 2]), torch.ones(2).bfloat16(), (8, 5)),
+        wt.SparseWeightPatch("b", torch.tensor([0], dtype=torch.int32), torch.tensor([9]), (7,)),
+        wt.SparseWeightPatch("s", torch.zeros(0, dtype=torch.int64), torch.zeros(0), (3, 3)),
+    ]
+
+
+def check_patches(got: list[wt.SparseWeightPatch]) -> None:
+    assert [p.name for p in got] == [p.name for p in patches()]
+    for have, want in zip(got, patches(), strict=True):
+        assert have.full_shape == want.full_shape
+        assert have.indices.tolist() == want.indices.tolist()
+        assert have.values.dtype == want.values.dtype
+        assert torch.equal(have.values, want.values)
+
+
+@pytest.mark.usefixtures("ray")
+def test_patches_to_actors() -> None:
+    receivers = Receiver(), Receiver()
+    args = {"mode": "ray", "llm_handle": [actor(r) for r in receivers]}
+    wt.IPCWeightTransferEngine.trainer_send_sparse_weights(iter(patches()), args)
+    for receiver in receivers:
+        check_patches(receiver.patches)
+        json.dumps(receiver.requests)
+
+
+def test_patches_over_http(url: tuple[str, Receiver, list[str]]) -> None:
+    address, receiver, said = url
+    args = wt.IPCTrainerSendWeightsArgs("http", url=address)
+    wt.IPCWeightTransferEngine.trainer_send_sparse_weights(patches(), args)
+    check_patches(receiver.patches)
+    assert said == ["/update_weights Bearer tok"]
+
+
+@pytest.mark.parametrize(
+    ("patch", "says"),
+    [
+        (wt.SparseWeightPatch("a", torch.tensor([1]), torch.ones(1)), "needs its `full_shape`"),
+        (wt.SparseWeightPatch("a", torch.tensor([1, 2]), torch.ones(1), (4,)), "2 indices for 1"),
+        (wt.SparseWeightPatch("a", torch.ones(1), torch.ones(1), (4,)), "indices are torch.float"),
+        (wt.SparseWeightPatch("a", torch.ones(1, 1).int(), torch.ones(1), (4,)), "one dimension"),
+    ],
+)
+def test_patches_that_cannot_be_sent(patch: wt.SparseWeightPatch, says: str) -> None:
+    args = {"mode": "http", "url": "http://127.0.0.1:1"}
+    with pytest.raises(wt.RequestError, match=says):
+        wt.IPCWeightTransferEngine.trainer_send_sparse_weights([patch], args)
+    with pytest.raises(wt.RequestError, match="no patches were given"):
+        wt.IPCWeightTransferEngine.trainer_send_sparse_weights([], args)
+
+
+def test_another_kind_of_update_than_asked_for() -> None:
+    engine = wt.IPCWeightTransferEngine(None, None, model=Model())
+    dense = engine.parse_update_info(LISTS | HANDLES)
+    with pytest.raises(ValueError, match="the update is 'dense': receive_weights takes it"):
+        engine.receive_sparse_weights(dense, print)
+    sparse = engine.parse_update_info(
+        LISTS | HANDLES | {"update_kind": "sparse_flat", "num_updates_list": [1]}
+    )
+    with pytest.raises(ValueError, match="receive_sparse_weights takes it"):
+        engine.receive_weights(sparse)
+    with pytest.raises(wt.RequestError, match="plain `storages` and `handles`"):
+        engine.receive_sparse_weights(sparse, print)
