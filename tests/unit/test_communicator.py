@@ -1,4 +1,5 @@
-"""A group of two real processes over gloo, ended while the bytes of a broadcast are halfway."""
+"""A group that is ended while bytes are halfway (two real processes over gloo), and buckets that
+are handed on by streams (played)."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ from tests.support.waiting import stopped, until
 from vllm_wt_plugin.errors import TransferError
 from vllm_wt_plugin.transport.backends import Member
 from vllm_wt_plugin.transport.group import Group, join, listen
-from vllm_wt_plugin.transport.nccl import Receiver, Sender
+from vllm_wt_plugin.transport.nccl import AHEAD, BUFFERS, Receiver, Sender
 
 NBYTES = 256 << 20  # far more than sockets hold
 SOON_S = 10
@@ -76,3 +77,76 @@ def receive(group: Group, pid: int) -> None:
         receiver.next(1)
     group.close()
     assert time.monotonic() - begun < SOON_S
+
+
+class Streams:
+    """A communicator whose broadcasts end when the test says so, and order a stream until then."""
+
+    rank, world_size, aborted = 1, 2, ""
+
+    def __init__(self, *, ordered: bool = True) -> None:
+        self.ordered, self.begun, self.ended = ordered, 0, 0
+
+    def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> Flight:
+        self.begun += 1
+        return Flight(self, self.begun)
+
+    def abort(self, reason: str) -> None:
+        self.aborted = self.aborted or reason
+
+    def close(self) -> None:
+        self.abort("closed")
+
+
+class Flight:
+    def __init__(self, streams: Streams, number: int) -> None:
+        self.streams, self.number = streams, number
+
+    def done(self) -> bool:
+        return self.streams.ended >= self.number
+
+    def order(self) -> bool:
+        return self.streams.ordered
+
+
+def tiny() -> list[torch.Tensor]:
+    return [torch.zeros(4, dtype=torch.uint8) for _ in range(BUFFERS)]
+
+
+@pytest.mark.parametrize("ordered", [True, False])
+def test_a_sender_runs_ahead_where_a_stream_keeps_order(ordered: bool) -> None:
+    streams = Streams(ordered=ordered)
+    sender = Sender(streams, tiny(), 40, 0.3, ahead=True)
+    for _ in range(AHEAD if ordered else BUFFERS):
+        sender.buffer()
+        sender.send(4)
+    with pytest.raises(TransferError, match="bucket 1 of 40 was not taken by every rank"):
+        sender.buffer()
+    assert "bucket 1 of 40" in streams.aborted
+
+
+def test_a_receiver_gives_out_what_is_on_its_way_but_is_complete_only_when_all_is_here() -> None:
+    streams = Streams()
+    receiver = Receiver(streams, tiny(), [4] * 5, 20)
+    assert receiver.next(0.05) is None  # not ahead: it must be here
+    for i in range(5):
+        assert receiver.next(5, ahead=True) == i
+        assert streams.begun <= i + BUFFERS
+        receiver.release()
+    assert (receiver.arrived, receiver.complete(0.05)) == (0, False)
+    streams.ended = 4
+    assert not receiver.complete(0.05)
+    streams.ended = 5
+    assert receiver.complete(5)
+
+
+def test_what_is_lost_after_it_was_given_out_is_told() -> None:
+    streams = Streams()
+    receiver = Receiver(streams, tiny(), [4] * 3, 0.5)
+    streams.ended = 1
+    assert [receiver.next(5, ahead=True) for _ in range(2)] == [0, 1]
+    with pytest.raises(TransferError, match="bucket 2 of 3 did not arrive: nothing came"):
+        receiver.complete(10)
+    with pytest.raises(TransferError, match="bucket 2 of 3"):
+        receiver.next(1, ahead=True)
+    receiver.abort("over")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections import defaultdict
+from collections.abc import Iterable
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,9 +21,9 @@ import torch
 from vllm_wt_plugin.errors import UnknownRegistration, WeightSyncError
 from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.trainer.client import Client
+from vllm_wt_plugin.trainer.filling import Filling, Walk
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.meeting import OWN, CouldNotMeet, GroupOptions, Meeting, meet
-from vllm_wt_plugin.trainer.packed import Rows
 from vllm_wt_plugin.trainer.replicas import ask, culprits, gather, shared
 from vllm_wt_plugin.trainer.source import device_of, gathers
 from vllm_wt_plugin.transport import group, nccl
@@ -55,6 +56,7 @@ class Broadcaster:
         self._announcement: Announcement | None = None
         self._buckets: list[Bucket] = []
         self._memory: list[torch.Tensor] = []
+        self._filling: Filling | None = None
         self._known: dict[str, str] = {}  # replica → the announcement it holds
         self._round = 0
 
@@ -89,7 +91,7 @@ class Broadcaster:
         self._announcement = Announcement(
             secrets.token_hex(16), specs, o.buffer_bytes, geometry=how
         )
-        self._memory = []
+        self._memory, self._filling = [], None
 
     def _try(self, sent: Sent, source: Listing, version: str, clients: list[Client]) -> None:
         names = [c.name for c in clients]
@@ -128,7 +130,7 @@ class Broadcaster:
             self._meeting = m = meet(self._pool, clients, self.options, device_of(source.source))
         if not self._memory or self._memory[0].device != m.device:
             largest = max(map(size, self._buckets), default=1)
-            self._memory = nccl.buffers(largest, m.device)
+            self._memory, self._filling = nccl.buffers(largest, m.device), None
         return m
 
     def _start(
@@ -164,29 +166,32 @@ class Broadcaster:
         sessions: dict[str, str],
     ) -> tuple[Sums, dict[str, WeightSyncError]]:
         """Broadcast, while every replica receives. Checksums of what was sent; errors."""
-        dtypes = {n: {self._stored(c, n) for c in clients} for n in self._names}
-        summing = _Summing(dtypes, lasting=source.tensors is not None)
-        rows = Rows(source, summing.see)
-        sender = nccl.Sender(
-            meeting.group, self._memory, len(self._buckets), self.options.timeout_s
-        )
+        summing = _Summing({n: {self._stored(c, n) for c in clients} for n in self._names})
         after = nccl.current_stream(meeting.device)
+        device, n = meeting.device, len(self._buckets)
 
         def send() -> Sums:
-            with nccl.on_side_stream(meeting.device, after), torch.no_grad():
+            fill: Filling | Walk = Walk(source, self._buckets, self._memory, summing.see)
+            with nccl.on_side_stream(device, "fill", after), torch.no_grad():
                 try:
-                    for bucket in self._buckets:
-                        buffer = sender.buffer()
-                        for piece in bucket:
-                            rows.write(piece, buffer)
+                    if source.tensors is not None:
+                        fill = self._planned(source)
+                    sender = nccl.Sender(
+                        meeting.group, self._memory, n, self.options.timeout_s, ahead=fill.ahead
+                    )
+                    for i, bucket in enumerate(self._buckets):
+                        sender.buffer()
+                        fill.fill(i)
                         sender.send(size(bucket))
-                    rows.finish()
+                    fill.finish()
+                    with nccl.on_side_stream(device, "sum", after):  # while the last ones travel
+                        sums = summing.result(source)
                     sender.drain()
-                    return summing.result()
+                    return sums
                 except BaseException as exc:
                     meeting.group.abort(str(exc))
                     if _gathers(source):
-                        rows.exhaust()
+                        fill.exhaust()
                     raise
 
         def failed() -> None:
@@ -209,6 +214,12 @@ class Broadcaster:
         self.close()
         failed_names = [c.name for c in clients if mine is not None or c.name in errors]
         return done.get(OWN, {}), shared(failed_names, errors, mine)
+
+    def _planned(self, source: Listing) -> Filling:
+        """The same as last time for the same tensors in the same buffers."""
+        if self._filling is None or self._filling.source is not source:
+            self._filling = Filling(source, self._buckets, self._memory)
+        return self._filling
 
     def _stored(self, c: Client, name: str) -> str:
         return self._plans[c.name].stored.get(name, "") if c.name in self._plans else ""
@@ -243,28 +254,24 @@ def _gathers(source: Listing) -> bool:
 
 
 class _Summing:
-    """Checksums of what a walk yields; tensors that last are summed all at once."""
+    """Checksums of what is sent: of a walk's tensors while they are there, else all at once."""
 
-    def __init__(self, dtypes: dict[str, set[str]], *, lasting: bool) -> None:
-        self._dtypes, self._lasting = dtypes, lasting
-        self._kept: list[tuple[str, torch.Tensor]] = []
+    def __init__(self, dtypes: dict[str, set[str]]) -> None:
+        self._dtypes = dtypes
         self._sums: Sums = defaultdict(dict)
 
     def see(self, name: str, t: torch.Tensor) -> None:
-        if name in self._dtypes:
-            self._kept.append((name, t))
-            if not self._lasting:
-                self._add()
+        self._add([(name, t)])
 
-    def _add(self) -> None:
-        rows = [(n, d, t) for n, t in self._kept for d in self._dtypes[n]]
+    def _add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+        rows = [(n, d, t) for n, t in tensors for d in self._dtypes.get(n, ())]
         cast = [(n, t.to(getattr(torch, d)) if d else t, 0) for n, d, t in rows]
         for (n, d, _), s in zip(rows, checksum_runs(cast), strict=True):
             self._sums[n][d] = s
-        self._kept.clear()
 
-    def result(self) -> Sums:
-        self._add()
+    def result(self, source: Listing) -> Sums:
+        """After a walk, or of tensors that last."""
+        self._add(source.tensors or ())
         return dict(self._sums)
 
 

@@ -163,7 +163,12 @@ class Rows:
         self._name, self._tensor = "", torch.empty(0)
 
     def write(self, piece: Piece, buffer: torch.Tensor) -> None:
-        """Copy the piece's rows to its place in `buffer`, with the dtype that was announced."""
+        """Copy the piece's rows to its place in `buffer`."""
+        place, rows = self.pair(piece, buffer)
+        place.copy_(rows)
+
+    def pair(self, piece: Piece, buffer: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The piece's place in `buffer`, and its rows, with the dtype that was announced."""
         spec = piece.spec
         if self._name != spec.name:
             self._name, self._tensor = self._next(spec.name)
@@ -178,7 +183,8 @@ class Rows:
             )
         place = buffer[piece.offset : piece.offset + piece.nbytes].view(self._tensor.dtype)
         t = self._tensor
-        place.view(piece.shape).copy_(t[piece.row : piece.row + piece.rows] if t.dim() else t)
+        rows = t[piece.row : piece.row + piece.rows] if t.dim() else t
+        return place.view(piece.shape), rows
 
     def _next(self, wanted: str) -> tuple[str, torch.Tensor]:
         for name, tensor in self._tensors:

@@ -28,6 +28,10 @@ class Pending(Protocol):
     def done(self) -> bool:
         """Whether it has ended. Raises TransferError if it failed. Does not block."""
 
+    def order(self) -> bool:
+        """Have the current stream come after it. False where there are no streams: only a thread
+        can wait then, for `done`."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Member:
@@ -94,6 +98,9 @@ class _GlooWork:
             self._work.wait()
         return True
 
+    def order(self) -> bool:
+        return False
+
 
 class Nccl:
     """ProcessGroupNCCL without its watchdog's way to handle errors, which ends the process."""
@@ -132,20 +139,34 @@ class Nccl:
         made.abort()
 
 
-class _NcclWork:
-    """Ended when the GPU has passed it; with an error that NCCL noticed it never gets there."""
+class Passed:
+    """Ended when the GPU has passed what its stream has been given so far."""
+
+    def __init__(self) -> None:
+        self._event = torch.cuda.Event()
+        self._event.record()
+
+    def done(self) -> bool:
+        return bool(self._event.query())
+
+    def order(self) -> bool:
+        torch.cuda.current_stream().wait_event(self._event)
+        return True
+
+
+class _NcclWork(Passed):
+    """With an error that NCCL noticed, the GPU never gets there."""
 
     GRACE_S = 1.0
 
     def __init__(self, work: Any) -> None:
         self._work = work
         work.wait()  # makes the current stream wait, not this thread
-        self._event = torch.cuda.Event()
-        self._event.record()
+        super().__init__()
         self._ended = 0.0
 
     def done(self) -> bool:
-        if self._event.query():
+        if super().done():
             return True
         if self._work.is_completed():
             self._ended = self._ended or time.monotonic()

@@ -4,6 +4,8 @@
 
 What a bucket holds is not known here: both sides know its size, from the same specs
 (`wire/buckets.py`), and the same number of buckets. While one is copied, the next one travels.
+On CUDA buckets are handed on by events: fills, broadcasts and copies are given to their streams
+ahead of time, and threads only watch the deadline. Where there are no streams, threads wait.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import wait
 from contextlib import contextmanager
 from functools import cache
@@ -23,6 +25,7 @@ from vllm_wt_plugin.transport.backends import Pending
 from vllm_wt_plugin.transport.group import Communicator, run
 
 BUFFERS = 2
+AHEAD = 16  # buckets on their way: a full queue of launches would stop a thread for good
 JOIN_S = 10.0  # how long a thread may take to notice that its group was aborted
 
 
@@ -36,15 +39,23 @@ class Sender:
     a bucket has not reached every rank by the deadline, or the group was aborted. `buckets`: how
     many there will be, 0 if that is not known.
 
-    On CUDA, filling and sending are ordered by the current stream.
+    On CUDA the current stream fills, another one sends. `ahead`: no fill makes this thread wait
+    for the GPU, so the next ones may be asked for while their buffers are still being sent.
     """
 
     def __init__(
-        self, group: Communicator, memory: Sequence[torch.Tensor], buckets: int, timeout_s: float
+        self,
+        group: Communicator,
+        memory: Sequence[torch.Tensor],
+        buckets: int,
+        timeout_s: float,
+        *,
+        ahead: bool = False,
     ) -> None:
-        self._group, self._memory, self._buckets = group, memory, buckets
+        self._group, self._memory, self._buckets, self._ahead = group, memory, buckets, ahead
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
         self._pending: deque[Pending] = deque()
+        self._last: deque[Pending] = deque(maxlen=len(memory))  # sent from each buffer
         self._begun = 0
 
     @property
@@ -53,15 +64,23 @@ class Sender:
         return self._begun - len(self._pending)
 
     def buffer(self) -> torch.Tensor:
-        """Where to put the next bucket; waits until the one that was there has arrived."""
-        while len(self._pending) >= len(self._memory):
+        """Where to put the next bucket, after the one that was there: by the current stream, or
+        once this returns."""
+        while len(self._pending) >= AHEAD:
             self._oldest()
+        full = len(self._last) == len(self._memory)
+        if full and not (self._ahead and self._last[0].order()):
+            while len(self._pending) >= len(self._memory):
+                self._oldest()
         return self._memory[self._begun % len(self._memory)]
 
     def send(self, nbytes: int) -> None:
         """Broadcast the first bytes of `buffer()`; does not wait."""
         data = self._memory[self._begun % len(self._memory)][:nbytes]
-        self._pending.append(self._group.broadcast(data, self._deadline - time.monotonic()))
+        with on_side_stream(data.device, "send", after=current_stream(data.device)):
+            pending = self._group.broadcast(data, self._deadline - time.monotonic())
+        self._pending.append(pending)
+        self._last.append(pending)
         self._begun += 1
 
     def drain(self) -> None:
@@ -71,13 +90,13 @@ class Sender:
 
     def _oldest(self) -> None:
         what = f"bucket {self.arrived + 1}" + f" of {self._buckets}" * bool(self._buckets)
-        pause = _Pause()
+        pauses = _pauses()
         while not _done(self._pending[0], self._group, what):
             if time.monotonic() > self._deadline:
                 error = f"{what} was not taken by every rank within {self._timeout_s:g} s"
                 self._group.abort(error)
                 raise TransferError(error, where=f"rank 0 of {self._group.world_size}")
-            pause()
+            time.sleep(next(pauses))
         self._pending.popleft()
 
 
@@ -85,7 +104,7 @@ class Receiver:
     """Another rank's end: a thread of its own receives; the methods are for the thread that copies.
 
     `memory[i % len(memory)]` takes bucket i, of `sizes[i]` bytes. On CUDA the copies are ordered
-    by the current stream of whoever calls `release`.
+    by the current stream of whoever calls `next` and `release`.
     """
 
     def __init__(
@@ -97,23 +116,29 @@ class Receiver:
     ) -> None:
         self._group, self._memory, self._sizes = group, memory, sizes
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
-        self._ready: deque[int] = deque()
+        self._flights: deque[Pending] = deque()  # begun, and not given out by `next`
         self._free: deque[torch.cuda.Event | None] = deque([None] * len(memory))
         self._changed = threading.Condition()
         self._error: TransferError | None = None
+        self._given = 0
         self.arrived = 0  # buckets
         self._thread = run(self._run, "receive", lambda: group.abort("the process ends"))
 
-    def next(self, wait_s: float) -> int | None:
+    def next(self, wait_s: float, *, ahead: bool = False) -> int | None:
         """The next bucket, once it is here; None if it is not within `wait_s`. Raises what the
-        transfer failed with, naming the bucket."""
+        transfer failed with, naming the bucket. `ahead`: it may still be on its way, where the
+        current stream can be told to come after it."""
+        deadline = time.monotonic() + wait_s
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._error, wait_s)
-            if self._ready:
-                return self._ready.popleft()
-            if self._error is not None:
-                raise self._error
-            return None
+            if not self._wait(lambda: bool(self._flights), deadline):
+                return None
+            if not (ahead and self._flights[0].order()) and not self._wait(
+                lambda: self.arrived > self._given, deadline
+            ):
+                return None
+            self._flights.popleft()
+            self._given += 1
+            return self._given - 1
 
     def release(self) -> None:
         """The bucket that `next` gave has been copied, or will be by the current stream."""
@@ -125,6 +150,12 @@ class Receiver:
             self._free.append(event)
             self._changed.notify_all()
 
+    def complete(self, wait_s: float) -> bool:
+        """Whether every bucket is here, after a moment's wait. Raises as `next`."""
+        with self._changed:
+            deadline = time.monotonic() + wait_s
+            return self._wait(lambda: self.arrived == len(self._sizes), deadline)
+
     def abort(self, reason: str) -> None:
         """End the transfer and its group, wait for the thread. Idempotent.
 
@@ -135,9 +166,16 @@ class Receiver:
         if wait([self._thread], JOIN_S).not_done:
             raise TransferError(f"the receive did not end within {JOIN_S:g} s of its abort")
 
+    def _wait(self, condition: Callable[[], bool], deadline: float) -> bool:
+        left = max(0.0, deadline - time.monotonic())
+        self._changed.wait_for(lambda: condition() or self._error is not None, left)
+        if self._error is not None:
+            raise self._error
+        return condition()
+
     def _run(self) -> None:
         try:
-            with on_side_stream(self._memory[0].device):
+            with on_side_stream(self._memory[0].device, "receive"):
                 self._receive()
         # Nobody is here to see it; `next` raises it in the thread that waits.
         except Exception as exc:
@@ -150,41 +188,49 @@ class Receiver:
 
     def _receive(self) -> None:
         pending: deque[Pending] = deque()
-        begun, pause = 0, _Pause()
+        begun, pauses = 0, _pauses()
+
+        def room() -> bool:
+            return begun < len(self._sizes) and bool(self._free) and len(pending) < AHEAD
+
         while self.arrived < len(self._sizes):
-            if begun < len(self._sizes) and self._free:
-                with self._changed:
-                    event = self._free.popleft()
-                if event is not None:
-                    torch.cuda.current_stream().wait_event(event)
-                data = self._memory[begun % len(self._memory)][: self._sizes[begun]]
-                left = self._deadline - time.monotonic()
-                pending.append(self._group.broadcast(data, left))
+            if room():
+                pending.append(self._begin(begun))
                 begun += 1
             elif pending and _done(pending[0], self._group, ""):
                 pending.popleft()
+                pauses = _pauses()
                 with self._changed:
-                    self._ready.append(self.arrived)
                     self.arrived += 1
                     self._changed.notify_all()
-                pause = _Pause()
             elif time.monotonic() > self._deadline:
                 raise TransferError(f"nothing came from rank 0 within {self._timeout_s:g} s")
             elif self._group.aborted:
                 raise TransferError(self._group.aborted)
             else:
-                pause()
+                with self._changed:
+                    self._changed.wait_for(room, next(pauses))
+
+    def _begin(self, index: int) -> Pending:
+        """After the last copy out of the same buffer."""
+        with self._changed:
+            event = self._free.popleft()
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+        data = self._memory[index % len(self._memory)][: self._sizes[index]]
+        flight = self._group.broadcast(data, self._deadline - time.monotonic())
+        with self._changed:
+            self._flights.append(flight)
+            self._changed.notify_all()
+        return flight
 
 
-class _Pause:
-    """Sleeps that begin short: a bucket over NVLink takes a millisecond."""
-
-    def __init__(self) -> None:
-        self._s = 2e-5
-
-    def __call__(self) -> None:
-        time.sleep(self._s)
-        self._s = min(self._s * 1.3, 1e-3)
+def _pauses() -> Iterator[float]:
+    """Seconds to sleep; they begin short: a bucket over NVLink takes a millisecond."""
+    s = 2e-5
+    while True:
+        yield s
+        s = min(s * 1.3, 5e-4)
 
 
 def _done(pending: Pending, group: Communicator, what: str) -> bool:
@@ -202,7 +248,7 @@ def _done(pending: Pending, group: Communicator, what: str) -> bool:
 
 
 @cache  # memory that a stream has used stays with it
-def _side_stream(device: torch.device) -> torch.cuda.Stream:
+def _side_stream(device: torch.device, work: str) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
@@ -212,13 +258,15 @@ def current_stream(device: torch.device) -> torch.cuda.Stream | None:
 
 
 @contextmanager
-def on_side_stream(device: torch.device, after: torch.cuda.Stream | None = None) -> Iterator[None]:
-    """A thread's work on a stream beside the others', after what `after` has been given. A new
+def on_side_stream(
+    device: torch.device, work: str, after: torch.cuda.Stream | None = None
+) -> Iterator[None]:
+    """Give `work` to its own stream beside the others', after what `after` has been given. A new
     thread knows neither the device nor the streams of the one that starts it."""
     if device.type != "cuda":
         yield
         return
-    with torch.cuda.device(device), torch.cuda.stream(_side_stream(device)):
+    with torch.cuda.device(device), torch.cuda.stream(_side_stream(device, work)):
         if after is not None:
             torch.cuda.current_stream().wait_stream(after)
         yield

@@ -16,7 +16,7 @@ import torch
 from torch._C._distributed_c10d import TCPStore
 
 from vllm_wt_plugin.errors import RequestError, TransferError
-from vllm_wt_plugin.transport.backends import Member, first_line, told
+from vllm_wt_plugin.transport.backends import Member, Passed, first_line, told
 from vllm_wt_plugin.transport.group import Communicator, Patience, connect, join, listen
 from vllm_wt_plugin.wire.nccl import NcclInit
 
@@ -117,14 +117,14 @@ class PyNccl:
         self._made, self._store = made, store
         self._lock = threading.Lock()
 
-    def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> _Passed:
+    def broadcast(self, tensor: torch.Tensor, timeout_s: float) -> Passed:
         if self.aborted:
             raise TransferError(self.aborted)
         try:
             self._made.broadcast(tensor, src=0, stream=torch.cuda.current_stream())
         except RuntimeError as exc:
             raise TransferError(first_line(exc), where=f"group rank {self.rank}") from exc
-        return _Passed()
+        return Passed()
 
     def abort(self, reason: str) -> None:
         with self._lock:
@@ -135,14 +135,3 @@ class PyNccl:
     def close(self) -> None:
         self.abort("the group is closed")
         self._store = None
-
-
-class _Passed:
-    """Whether the current stream has got here."""
-
-    def __init__(self) -> None:
-        self._event = torch.cuda.Event()
-        self._event.record()
-
-    def done(self) -> bool:
-        return bool(self._event.query())

@@ -111,13 +111,17 @@ class Incoming:
         deadline = time.monotonic() + WAIT_S
         while not coming.complete and (left := deadline - time.monotonic()) > 0:
             with out.timed("wait"):
-                index = self._link.next(left)
+                index = self._link.next(left, ahead=coming.ahead)
             if index is not None:
                 open_.wrote |= coming.writes
                 coming.receive()
                 self._link.release()
+        here = False
         if coming.complete:
+            with out.timed("wait"):
+                here = self._link.complete(max(0.0, deadline - time.monotonic()))
+        if here:
             with out.timed("copy"):
                 self._synchronize()
             self._link.done()
-        out.info["receiving"] = not coming.complete
+        out.info["receiving"] = not here

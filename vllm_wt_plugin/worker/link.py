@@ -105,16 +105,23 @@ class Link:
             raise NoUpdate("the buckets of this update are being received already")
         self._receiver = Receiver(self._group, memory, sizes, self.init.timeout_s)
 
-    def next(self, wait_s: float) -> int | None:
-        """The next bucket that is here; None if there is none within `wait_s`."""
+    def next(self, wait_s: float, *, ahead: bool) -> int | None:
+        """The next bucket that is here, or `ahead` of it; None if there is none within `wait_s`."""
+        return self._receiving.next(wait_s, ahead=ahead)
+
+    def complete(self, wait_s: float) -> bool:
+        """Whether every bucket is here, after a moment's wait; this rank's may be `done`."""
+        return self._receiver is None or self._receiver.complete(wait_s)
+
+    @property
+    def _receiving(self) -> Receiver:
         if self._receiver is None:
             raise NoUpdate("nothing is being received", next_step="start the update again")
-        return self._receiver.next(wait_s)
+        return self._receiver
 
     def release(self) -> None:
         """The current stream has been told to copy the bucket that `next` gave."""
-        if self._receiver is not None:
-            self._receiver.release()
+        self._receiving.release()
 
     @property
     def arrived(self) -> int:

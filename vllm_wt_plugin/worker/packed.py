@@ -104,9 +104,27 @@ class PackedUpdate:
             a.importer.check_alive(reg.id)
             a.importer.wait(reg)
 
+    @property
+    def ahead(self) -> bool:
+        """Whether the expected bucket may be copied before it is known to be here: no copy waits
+        for the GPU then. Not the first one, whose loss leaves the old weights."""
+        return self._next > 0 and self._plain is not None
+
+    @property
+    def _plain(self) -> Batch | None:
+        """All that the expected bucket needs, where that is copies which were made before."""
+        a = self._announced
+        names = (p.spec.name for p in a.buckets[self._next])
+        computed = a.plan.computed_names | self.received.keys()
+        return a.batches.get(self._next) if computed.isdisjoint(names) else None
+
     def receive(self) -> None:
         """Copy the expected bucket."""
         a, index = self._announced, self._next
+        if (batch := self._plain) is not None:
+            self._update.repeat(a.buckets[index], batch)
+            self._next += 1
+            return
         memory = a.memory[index % len(a.memory)]
         pieces = [(p, _rows(memory, p)) for p in a.buckets[index]]
         batch = self._update.receive_pieces(pieces, a.batches.get(index))

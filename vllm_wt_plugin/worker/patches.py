@@ -63,7 +63,7 @@ class Arriving:
     """Patches that come through a group, each tensor whole, in `tensors` by name; nothing live is
     written before all are here and were checked."""
 
-    writes = False
+    writes = ahead = False
 
     def __init__(self, verb: ReceivePatches, device: torch.device) -> None:
         self.tensors = {

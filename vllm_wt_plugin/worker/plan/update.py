@@ -198,6 +198,13 @@ class Update:
                 self._arrived(piece)
         return batch
 
+    @torch.no_grad()
+    def repeat(self, pieces: list[Piece], known: Batch) -> None:
+        """`receive_pieces` of pieces that take nothing but their copies. Does not wait."""
+        known.run()
+        for piece in pieces:
+            self._arrived(piece)
+
     def _hold(self, piece: Piece, rows: torch.Tensor) -> None:
         if piece.spec.name not in self._held:
             self._held[piece.spec.name] = rows.new_empty(piece.spec.shape)
