@@ -10,17 +10,18 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from vllm_wt_plugin.sparse.patch import WORDS
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.packed import Rows
 from vllm_wt_plugin.wire.buckets import Bucket
 
 See = Callable[[str, torch.Tensor], None]
-_Copies = list[tuple[list[torch.Tensor], list[torch.Tensor]]]  # of one dtype each: places, sources
+_Copies = list[tuple[list[torch.Tensor], list[torch.Tensor]]]  # of one width: places, sources
 
 
 class Filling:
     """Of a listing's tensors, into buckets that take turns in `memory`: what goes where is worked
-    out once, and a bucket is one call of torch for each dtype, on the current stream.
+    out once, and a bucket is one call of torch for each width, on the current stream.
 
     `ahead`: no call waits for a GPU.
     """
@@ -72,11 +73,11 @@ class Walk:
 
 
 def _together(pairs: list[tuple[torch.Tensor, torch.Tensor]]) -> _Copies:
-    out: dict[torch.dtype, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(
-        lambda: ([], [])
-    )
+    """As plain words: of some dtypes (fp8) torch copies no lists."""
+    out: dict[int, tuple[list[torch.Tensor], list[torch.Tensor]]] = defaultdict(lambda: ([], []))
     for place, rows in pairs:
-        places, sources = out[place.dtype]
-        places.append(place)
-        sources.append(rows.detach())
+        word = WORDS[place.element_size()]
+        places, sources = out[place.element_size()]
+        places.append(place.view(word))
+        sources.append(rows.detach().view(word))
     return list(out.values())

@@ -246,7 +246,9 @@ class Update:
                 where=min(missing),
                 next_step="send every tensor before finishing the update",
             )
-        if not (plan.opaque or plan.processed or plan.late):
+        # A rerun touches its own module only: where none is due now, none will be.
+        late = any(reads & self.touched for reads in plan.late.values())
+        if not (plan.opaque or plan.processed or late):
             return
         with self.host.context():
             if plan.opaque:
