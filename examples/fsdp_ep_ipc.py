@@ -2,6 +2,7 @@
 
     python examples/fsdp_ep_ipc.py --device cuda --ranks 4            # one rank, one engine per GPU
     python examples/fsdp_ep_ipc.py --device cpu --ranks 2             # a tiny model, no GPU
+    … --launcher ray                     # actors in a placement group, not torchrun and a server
 
 Every device holds one rank of an FSDP2 trainer and one vLLM worker: on GPUs a data-parallel group
 of engines that share the experts, on CPU (where vLLM 0.32 has no kernels for expert parallelism)
@@ -9,6 +10,10 @@ the workers of one tensor-parallel engine, which share each expert. No rank has 
 push gathers one tensor after another, fused experts are cut into checkpoint tensors as views, every
 rank fills two buffers, and each worker reads those on its own device. Where vLLM can sleep (GPUs),
 it does while the trainer steps, and wakes up in two parts: weights, push, KV cache.
+
+torchrun's ranks push to `vllm serve` by URL. With Ray, a placement group has one bundle per device;
+in each sits one rank, and the engines' processes are those of one actor, which holds an AsyncLLM
+and is pushed to by its handle. One host either way, as `ipc` asks for.
 
 The engines start with random weights of their own. The program checks that what they say changes
 with each push, that every weight they hold adds up to the trainer's, and, bit for bit, that they
@@ -20,6 +25,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -41,6 +47,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from vllm_wt_plugin import WeightSync, WeightSyncError, as_source
 
 STEPS = 2
+DUMMY = ("--load-format", "dummy")
 PROMPTS = [[5, 6, 7, 8], list(range(20, 52)), [100, 3] * 6]
 TINY = {
     "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16",
@@ -62,9 +69,15 @@ class ExampleFailed(Exception):
 class Trainer:
     """One FSDP2 rank. Made on every rank, in a process of its own; all methods are collective."""
 
-    def __init__(self, folder: Path, device: str, buffer_mb: int) -> None:
-        self.rank, self.folder = dist.get_rank(), folder
-        self.device = torch.device(device, self.rank) if device == "cuda" else torch.device("cpu")
+    def __init__(self, folder: Path, device: str, buffer_mb: int, **meeting: Any) -> None:
+        self.folder, self.device = folder, torch.device(device)
+        if device == "cuda":  # torchrun shows every rank all GPUs, Ray only its own
+            self.device = torch.device(device, int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        else:
+            torch.set_num_threads(1)
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", **meeting)
+        self.rank = dist.get_rank()
         self.buffer_bytes = buffer_mb << 20
         config = AutoConfig.from_pretrained(folder)
         with torch.device("meta"):
@@ -229,14 +242,9 @@ class HereAndElsewhere:
 
 def one_rank(a: argparse.Namespace) -> None:
     """What torchrun starts on every rank."""
-    rank = int(os.environ["RANK"])
-    if a.device == "cuda":
-        torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(1)
-    dist.init_process_group("nccl" if a.device == "cuda" else "gloo")
-    ranks = HereAndElsewhere(Trainer(a.folder, a.device, a.buffer_mb))
-    if rank > 0:
+    trainer = Trainer(a.folder, a.device, a.buffer_mb)
+    ranks = HereAndElsewhere(trainer)
+    if trainer.rank > 0:
         ranks.follow()
         return
     phases: dict[str, float] = {}
@@ -247,18 +255,137 @@ def one_rank(a: argparse.Namespace) -> None:
         ranks.all("close")
 
 
-def plain(a: argparse.Namespace, log: Path) -> tuple[list[Any], dict[str, float]]:
+def by_torchrun(a: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
     """A server, then torchrun on this very file."""
-    with rl.served(a.folder, log, *engine_args(a), "--load-format", "dummy") as url:
+    log = a.out / "engines.log"
+    with rl.served(a.folder, log, *engine_args(a), *DUMMY) as url:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(a.ranks), __file__, "--device", a.device,
             "--buffer-mb", str(a.buffer_mb), "--folder", str(a.folder), "--url", url,
         ]  # fmt: skip
-        if subprocess.run(command, check=False).returncode:
+        ranks = subprocess.Popen(command, start_new_session=True)
+        try:
+            failed = ranks.wait()
+        finally:
+            rl.stop(ranks)
+        if failed:
             raise ExampleFailed(f"the trainer failed; the end of the engines' log:\n{rl.tail(log)}")
     result = json.loads((a.folder / "said.json").read_text())
     return [tuple(s) for s in result["said"]], result["seconds"]
+
+
+# ---- Ray -----------------------------------------------------------------------------------
+
+
+class Engine:
+    """An actor that holds the engines. Its methods are async, so that it answers a push as well."""
+
+    async def start(self, *args: str) -> None:
+        from vllm import AsyncEngineArgs
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
+        options = AsyncEngineArgs.from_cli_args(parser.parse_args(args))
+        self.llm = AsyncLLM.from_engine_args(options)  # here, on the loop that it will run on
+
+    async def generate(self) -> list[Any]:
+        """The same as `Served.generate`."""
+        from vllm import SamplingParams
+
+        out = []
+        for i, prompt in enumerate(PROMPTS):
+            params = SamplingParams(
+                max_tokens=12, temperature=0, logprobs=0, ignore_eos=True, detokenize=False
+            )
+            async for said in self.llm.generate({"prompt_token_ids": prompt}, params, str(i)):
+                last = said.outputs[0]
+            tokens = [f"token_id:{t}" for t in last.token_ids]
+            rows = zip(last.token_ids, last.logprobs, strict=True)
+            out.append((tokens, [row[token].logprob for token, row in rows]))
+        return out
+
+    async def sleep(self) -> None:
+        await self.llm.sleep(level=1)
+
+    async def wake_up(self, tag: str) -> None:
+        await self.llm.wake_up([tag])
+
+    async def stop(self) -> None:
+        self.llm.shutdown()
+
+
+class Actors:
+    """Trainer ranks, or the engines, as `run` uses them: calls that block until all have done."""
+
+    def __init__(self, actors: list[Any], can_sleep: bool = False) -> None:
+        self._actors, self.target, self.can_sleep = actors, actors[0], can_sleep
+
+    def all(self, method: str, *args: Any) -> Any:
+        """On every actor; what the first says."""
+        import ray
+
+        return ray.get([getattr(actor, method).remote(*args) for actor in self._actors])[0]
+
+    def generate(self) -> list[Any]:
+        said: list[Any] = self.all("generate")
+        return said
+
+    def sleep(self) -> None:
+        self.all("sleep")
+
+    def wake_up(self, tag: str) -> None:
+        self.all("wake_up", tag)
+
+
+def by_ray(a: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
+    """A placement group with a bundle per device; rank n of the trainer sits in bundle n."""
+    import ray
+    from ray.util.placement_group import placement_group
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    gpu = int(a.device == "cuda")
+    # The engines' actor asks for no GPU of its own, and is to see all of them.
+    os.environ |= rl.vllm_env() | {"RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0"}
+    ray.init(num_cpus=a.ranks, include_dashboard=False, log_to_driver=False)
+    phases: dict[str, float] = {}
+    try:
+        group = placement_group([{"CPU": 1, "GPU": gpu}] * a.ranks, strategy="STRICT_PACK")
+        ray.get(group.ready(), timeout=60)
+
+        def actor(cls: type, bundle: int, *args: Any, cpus: int, gpus: int, **kwargs: Any) -> Any:
+            placed = PlacementGroupSchedulingStrategy(group, bundle)
+            remote = ray.remote(num_cpus=cpus, num_gpus=gpus, scheduling_strategy=placed)(cls)
+            return remote.remote(*args, **kwargs)
+
+        engines = Actors([actor(Engine, 0, cpus=0, gpus=0)], can_sleep=bool(gpu))
+        engines.all("start", *common_args(a), *engine_args(a), *DUMMY)
+        store = a.out / "ranks"  # where they meet
+        store.unlink(missing_ok=True)
+        meeting = {"init_method": f"file://{store}", "world_size": a.ranks}
+        trainers = Actors([
+            actor(Trainer, n, a.folder, a.device, a.buffer_mb, cpus=1, gpus=gpu, rank=n, **meeting)
+            for n in range(a.ranks)
+        ])  # fmt: skip
+        said = run(trainers, engines, phases)
+        trainers.all("close")
+        engines.all("stop")
+    finally:
+        ray.shutdown()
+    return said, phases
+
+
+def common_args(a: argparse.Namespace) -> list[str]:
+    """What `rl.served` gives to its server, and that processes are vLLM's own, not Ray's."""
+    return [
+        "--model", str(a.folder), "--dtype", "bfloat16", "--enforce-eager",
+        "--max-model-len", "256", "--weight-transfer-config", '{"backend": "ipc"}',
+        "--distributed-executor-backend", "mp",
+    ]  # fmt: skip
+
+
+# ---- the program ---------------------------------------------------------------------------
 
 
 def engine_args(a: argparse.Namespace) -> list[str]:
@@ -272,13 +399,11 @@ def engine_args(a: argparse.Namespace) -> list[str]:
     return args
 
 
-# ---- the program ---------------------------------------------------------------------------
-
-
 def options() -> argparse.Namespace:
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     ap.add_argument("--device", choices=("cuda", "cpu"), default="cpu")
     ap.add_argument("--ranks", type=int, default=2, help="devices: trainer ranks and vLLM workers")
+    ap.add_argument("--launcher", choices=("torchrun", "ray"), default="torchrun")
     ap.add_argument("--config", type=Path, help="config.json of a Qwen3-MoE (default: tiny)")
     ap.add_argument("--memory", type=float, default=0.5, help="vLLM's share of each GPU")
     ap.add_argument("--buffer-mb", type=int, default=256, help="each of two, on every device")
@@ -293,17 +418,19 @@ def main() -> None:
     if a.url:
         one_rank(a)
         return
+    signal.signal(signal.SIGTERM, rl.terminated)
     os.environ["VLLM_SERVER_DEV_MODE"] = "1"  # /sleep and /wake_up
     if a.device == "cpu":
         os.environ |= {"OMP_NUM_THREADS": "1"}
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(map(str, range(a.ranks)))
     with tempfile.TemporaryDirectory(prefix="fsdp-ep-") as temporary:
-        a.out = a.out or Path(temporary)
+        a.out = (a.out or Path(temporary)).resolve()
         a.folder = a.out / "model"
         a.folder.mkdir(parents=True, exist_ok=True)
         config = TINY if a.config is None else json.loads(a.config.read_text())
         (a.folder / "config.json").write_text(json.dumps(config))
-        said, phases = plain(a, a.out / "engines.log")
+        launch = by_ray if a.launcher == "ray" else by_torchrun
+        said, phases = launch(a)
         with rl.served(a.folder, a.out / "fresh.log", *engine_args(a)) as url:
             want = Served(url, False).generate()
         if said != want:
@@ -319,3 +446,6 @@ if __name__ == "__main__":
     except (ExampleFailed, rl.DemoFailed, WeightSyncError) as exc:
         print(f"FAILED: {exc}", file=sys.stderr)
         sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; the engines are stopped", file=sys.stderr)
+        sys.exit(130)

@@ -143,12 +143,9 @@ def served(model: Path, log: Path, *args: str) -> Iterator[str]:
         "--enforce-eager", "--max-model-len", "256",
         "--weight-transfer-config", '{"backend": "ipc"}', *args,
     ]  # fmt: skip
-    env = os.environ | {"VLLM_PLUGINS": "wt", "VLLM_NO_USAGE_STATS": "1"}
-    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    env.setdefault("WT_CPU_INPLACE", "1")  # as on a GPU: what is served lies as it was loaded
     with log.open("wb") as out:
         process = subprocess.Popen(
-            command, stdout=out, stderr=subprocess.STDOUT, env=env, cwd=log.parent,
+            command, stdout=out, stderr=subprocess.STDOUT, env=vllm_env(), cwd=log.parent,
             start_new_session=True,
         )  # fmt: skip
     try:
@@ -157,6 +154,14 @@ def served(model: Path, log: Path, *args: str) -> Iterator[str]:
         yield url
     finally:
         stop(process)
+
+
+def vllm_env() -> dict[str, str]:
+    """The environment of every process of vLLM."""
+    env = os.environ | {"VLLM_PLUGINS": "wt", "VLLM_NO_USAGE_STATS": "1"}
+    env.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    env.setdefault("WT_CPU_INPLACE", "1")  # as on a GPU: what is served lies as it was loaded
+    return env
 
 
 def wait_until_healthy(url: str, process: subprocess.Popen[bytes], log: Path) -> None:

@@ -19,10 +19,10 @@ pytestmark = pytest.mark.server
 
 
 @contextmanager
-def started(out: Path, name: str = "rl_loop.py") -> Iterator[subprocess.Popen[str]]:
+def started(out: Path, name: str = "rl_loop.py", *args: str) -> Iterator[subprocess.Popen[str]]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WT_", "VLLM_"))}
     demo = subprocess.Popen(
-        [sys.executable, str(EXAMPLES / name), "--out", str(out)],
+        [sys.executable, str(EXAMPLES / name), "--out", str(out), *args],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
         # Whoever runs the tests in the background has them ignore SIGINT, and children inherit it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
@@ -83,9 +83,10 @@ def test_interrupted_demo_leaves_no_server(tmp_path: Path, number: signal.Signal
 
 
 @pytest.mark.full
-def test_fsdp_ranks_push_to_the_workers_beside_them(tmp_path: Path) -> None:
+@pytest.mark.parametrize("launcher", ["torchrun", "ray"])
+def test_fsdp_ranks_push_to_the_workers_beside_them(tmp_path: Path, launcher: str) -> None:
     """Two FSDP2 ranks of an MoE, two workers, each fed by a rank of its own."""
-    with started(tmp_path, "fsdp_ep_ipc.py") as example:
+    with started(tmp_path, "fsdp_ep_ipc.py", "--launcher", launcher) as example:
         text, _ = example.communicate(timeout=560)
     assert example.returncode == 0, text
     assert text.splitlines()[-1].startswith("ok: 2 pushes of 2 FSDP ranks")
