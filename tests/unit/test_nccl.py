@@ -252,12 +252,14 @@ def test_a_trainer_that_dies_in_the_middle(pair: list[ToyReplica], fault: str) -
 
 def test_a_trainer_that_stands_still_past_the_deadline(pair: list[ToyReplica]) -> None:
     """Both sides end by themselves; when it goes on, it pushes again and exits cleanly."""
-    process = toy_trainer.start([r.url for r in pair], 3, 2.0, "stop:12")
+    process = toy_trainer.start([r.url for r in pair], 3, 4.0, "stop:12")
     try:
-        # A slow machine may pass the deadline before it stops.
         assert until(lambda: stopped(process.pid), 60)
         assert until(lambda: all(r.status()["state"] == "DIRTY" for r in pair), 40)
-        assert "did not arrive: nothing came from rank 0 within 2 s" in pair[0].status()["reason"]
+        # Whose deadline passes first ends it for the others; on a slow machine the trainer's own.
+        reasons = [r.status()["reason"] for r in pair]
+        late = "did not arrive: nothing came from rank 0 within 4 s"
+        assert any(late in why or "Connection closed" in why for why in reasons), reasons
         process.send_signal(signal.SIGCONT)
         out, _ = process.communicate(timeout=40)
     finally:
