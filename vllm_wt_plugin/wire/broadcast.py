@@ -18,6 +18,7 @@ from vllm_wt_plugin.wire.agreement import agree, slowest
 from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps
 from vllm_wt_plugin.wire.nccl import (
     Joined,
+    Leave,
     NcclInit,
     Progress,
     Receive,
@@ -75,7 +76,7 @@ def _or_leave(steps: Steps, session: str) -> Steps:
         return (yield from steps)
     except Exception as exc:
         yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
-        yield Call((msg.Shutdown(),))
+        yield Call((Leave(),))
         raise
 
 

@@ -12,6 +12,7 @@ from vllm_wt_plugin.wire.buckets import Geometry
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
 from vllm_wt_plugin.wire.nccl import (
     Joined,
+    Leave,
     Progress,
     Receive,
     ReceiveNamed,
@@ -279,9 +280,9 @@ class Shutdown(_Verb, frozen=True, tag="shutdown"):
 
 
 Verb = (
-    Status | Init | Joined | Begin | Prepare | PreparePart | PreparePatches | Sums | Announce
-    | Receive | ReceiveNamed | ReceivePatches | Progress | Written | Bucket | Apply | Commit
-    | Abort | EndTurn | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
+    Status | Init | Joined | Leave | Begin | Prepare | PreparePart | PreparePatches | Sums
+    | Announce | Receive | ReceiveNamed | ReceivePatches | Progress | Written | Bucket | Apply
+    | Commit | Abort | EndTurn | MarkDirty | SetVersion | Shutdown | Export | Detach | Touch
 )  # fmt: skip
 
 _verbs = msgspec.msgpack.Decoder(list[Verb])

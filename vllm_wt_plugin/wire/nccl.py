@@ -90,6 +90,10 @@ class Joined(_Verb, frozen=True, tag="joined"):
     """Wait a moment for the group; `info["joining"]` says whether that goes on."""
 
 
+class Leave(_Verb, frozen=True, tag="leave"):
+    """End the group that was joined or is being joined. Refused while an update is open."""
+
+
 class Receive(_Verb, frozen=True, tag="receive"):
     """Begin to take the announced buckets from the group; `Progress` goes on with it."""
 

@@ -14,7 +14,7 @@ from vllm_wt_plugin.wire.params import Name, ParamSpec, Shape, Size, Version
 from vllm_wt_plugin.wire.patches import Checksum
 
 
-class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class UpdateInfo(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One update call: vLLM's fields (0.32/0.33), the older form, and ours (`storages`, `handles`).
 
     `handles[i]` is a view (storage, offset, stride) of `storages`, for `names[i]`. In vLLM's form

@@ -25,7 +25,7 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.nccl import Joined, NcclInit
+from vllm_wt_plugin.wire.nccl import Joined, Leave, NcclInit
 from vllm_wt_plugin.worker.export import Exports
 from vllm_wt_plugin.worker.incoming import Incoming
 from vllm_wt_plugin.worker.known import Known
@@ -137,10 +137,11 @@ class WorkerSession:
                 self._no_update("the version")
                 self.last = None
                 self.version = verb.version
-            case msg.Shutdown():
+            case Leave() | msg.Shutdown():
                 self._no_update("the connection")
-                self.link.leave("the trainer shut it down")
-                self.known.forget()
+                self.link.leave("the trainer shut it down, or was refused")
+                if isinstance(verb, msg.Shutdown):
+                    self.known.forget()
             case msg.Export():
                 self._awake()
                 self._no_update("sharing the weights")
