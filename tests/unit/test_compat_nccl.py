@@ -3,6 +3,7 @@ in processes, and to the product's routes; the rendezvous with vLLM's own traine
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import threading
 import time
@@ -17,7 +18,7 @@ import torch
 
 import vllm_wt_plugin as wt
 from tests.support.server import free_port
-from tests.support.toy_replica import ToyReplica, weights
+from tests.support.toy_replica import ToyReplica, forked, weights
 from vllm_wt_plugin.transport import pynccl
 from vllm_wt_plugin.transport.backends import Member
 from vllm_wt_plugin.wire.nccl import NcclInit
@@ -59,7 +60,13 @@ def named(given: dict[str, torch.Tensor]) -> dict[str, Any]:
 def worker(pipe: Connection, rank: int, init: dict[str, Any]) -> None:
     """Receives what it is told to, and says which tensors are not those of the seed it is told."""
     torch.set_num_threads(1)
-    model = SimpleNamespace(load_weights=lambda rows: loaded.update(rows))
+
+    def load(rows: list[tuple[str, torch.Tensor]]) -> None:
+        if rows[0][0] == "boom":
+            raise ValueError("it does not load")
+        loaded.update(rows)
+
+    model = SimpleNamespace(load_weights=load)
     engine = Engine(None, SimpleNamespace(rank=rank, world_size=2), torch.device("cpu"), model)  # type: ignore[arg-type]
     engine.init_transfer_engine(engine.parse_init_info(init))
     while (told := pipe.recv()) is not None:
@@ -81,7 +88,7 @@ def worker(pipe: Connection, rank: int, init: dict[str, Any]) -> None:
                 engine.receive_weights(info)
                 have = tensors(seed)
                 wrong = [n for n, t in have.items() if t.numel() and not same(loaded[n], t)]
-        except (wt.WeightSyncError, ValueError) as exc:
+        except (wt.WeightSyncError, ValueError, RuntimeError) as exc:
             pipe.send(f"{type(exc).__name__}: {exc}")
         else:
             pipe.send(wrong)
@@ -99,17 +106,12 @@ class Workers:
     """Two of them, and the trainer's end of their group."""
 
     def __init__(self, **init: Any) -> None:
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch._dynamo", "uvicorn", "fastapi", __name__])
         where = {"master_address": "127.0.0.1", "master_port": free_port(), "world_size": 3}
         self.pipes, self.processes = [], []
         for rank in (0, 1):
-            mine, theirs = context.Pipe()
-            told = where | {"rank_offset": 1} | init
-            process = context.Process(target=worker, args=(theirs, rank, told), daemon=True)
-            process.start()
+            mine, theirs = multiprocessing.Pipe()
             self.pipes.append(mine)
-            self.processes.append(process)
+            self.processes.append(forked(worker, theirs, rank, where | {"rank_offset": 1} | init))
         self.group = Engine.trainer_init(where)
 
     def told(self, seed: int, update: dict[str, Any]) -> None:
@@ -185,6 +187,19 @@ def test_sparse(workers: Workers) -> None:
     assert all(len(wrong) == len([c for c in counts if c]) for wrong in workers.said())
 
 
+def test_a_load_that_fails_ends_the_group() -> None:
+    """What is still under way would be taken for the next update's."""
+    made = Workers()
+    given = {"boom": torch.ones(3), "more": torch.ones(4), "most": torch.ones(5)}
+    made.told(4, named(given))
+    with contextlib.suppress(wt.TransferError):  # it may be through by then
+        Engine.trainer_send_weights(given.items(), made.group)
+    assert made.said() == ["ValueError: it does not load"] * 2
+    made.told(4, named(tensors(4)))
+    assert all("not initialized" in said for said in made.said())
+    made.close()
+
+
 def test_a_trainer_that_goes_leaves_no_worker_waiting() -> None:
     """What init says of packing holds for updates that say nothing."""
     made = Workers(**PACKED)
@@ -195,6 +210,9 @@ def test_a_trainer_that_goes_leaves_no_worker_waiting() -> None:
     made.group.close()
     for said in made.said():
         assert said.startswith("TransferError: bucket 1 of 2 did not arrive")
+    made.told(4, named(tensors(4)))
+    for said in made.said():
+        assert "not initialized" in said  # the group is over
     made.close()
 
 

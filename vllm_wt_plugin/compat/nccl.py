@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -75,12 +75,13 @@ class NCCLWeightTransferEngine(WeightTransferEngine):
         check_specs(specs)
         packed, nbytes, number = self._geometry(info)
         buckets = buckets_of(specs, "vllm" if packed else "apart", nbytes)
-        memory = self._memory([max(map(size, buckets), default=0)] * number)
-        receiver = self._receiver(memory, [size(b) for b in buckets])
-        for i, bucket in enumerate(buckets):
-            _next(receiver)
-            load([(p.spec.name, _tensor(memory[i % number], p)) for p in bucket])
-            receiver.release()
+        largest = max(map(size, buckets), default=0)
+        memory = [torch.empty(largest, dtype=torch.uint8, device=self._at) for _ in range(number)]
+        with self._receiving(memory, [size(b) for b in buckets]) as wait:
+            for i, bucket in enumerate(buckets):
+                release = wait()
+                load([(p.spec.name, _tensor(memory[i % number], p)) for p in bucket])
+                release()
         self._last = info
 
     def receive_sparse_weights(self, update_info: Any, apply_patches: ApplyPatches) -> None:
@@ -92,9 +93,9 @@ class NCCLWeightTransferEngine(WeightTransferEngine):
         }
         memory = [t.view(torch.uint8) for t in tensors.values() if t.numel()]
         if memory:
-            receiver = self._receiver(memory, [m.numel() for m in memory])
-            for _ in memory:
-                _next(receiver)
+            with self._receiving(memory, [m.numel() for m in memory]) as wait:
+                for _ in memory:
+                    wait()
         apply_patches(received(push, tensors))
 
     def shutdown(self) -> None:
@@ -121,13 +122,28 @@ class NCCLWeightTransferEngine(WeightTransferEngine):
         said = info if info.packed else self._init
         return said.packed, said.packed_buffer_size_bytes, said.packed_num_buffers
 
-    def _memory(self, sizes: Sequence[int]) -> list[torch.Tensor]:
-        return [torch.empty(n, dtype=torch.uint8, device=self._at) for n in sizes]
-
-    def _receiver(self, memory: Sequence[torch.Tensor], sizes: Sequence[int]) -> Receiver:
+    @contextmanager
+    def _receiving(
+        self, memory: Sequence[torch.Tensor], sizes: Sequence[int]
+    ) -> Iterator[Callable[[], Callable[[], None]]]:
+        """A function that waits for the next bucket, and returns the one that gives its memory
+        back. A failure inside ends the group: what is still under way must not be taken for the
+        next update's."""
         if self.model_update_group is None:
             raise RuntimeError("NCCL weight transfer not initialized. Call init_transfer_engine().")
-        return Receiver(self.model_update_group, memory, sizes, self._init.timeout_s)
+        receiver = Receiver(self.model_update_group, memory, sizes, self._init.timeout_s)
+
+        def wait() -> Callable[[], None]:
+            while receiver.next(TIMEOUT_S) is None:
+                pass  # the receiver has the deadline
+            return receiver.release
+
+        try:
+            yield wait
+        except BaseException as exc:
+            receiver.abort(f"the update failed: {exc}")
+            self.shutdown()
+            raise
 
     @staticmethod
     def trainer_init(init_info: NCCLWeightTransferInitInfo | dict[str, Any]) -> Any:
@@ -163,12 +179,6 @@ class NCCLWeightTransferEngine(WeightTransferEngine):
         if args.packed:
             raise ValueError("patches are not packed: leave out `packed`")
         _broadcast((_bytes(t) for patch in iterator for t in _both(patch)), args)
-
-
-def _next(receiver: Receiver) -> None:
-    """Wait for the next bucket; the receiver has the deadline."""
-    while receiver.next(TIMEOUT_S) is None:
-        pass
 
 
 def _tensor(memory: torch.Tensor, piece: Piece) -> torch.Tensor:
