@@ -22,7 +22,8 @@ if ((failed)); then exit 1; fi
 stage lint "$python" -m ruff check .
 stage format "$python" -m ruff format --check .
 stage mypy "$python" -m mypy --strict vllm_wt_plugin examples
-stage pytest "$python" -m pytest -m "$marks"
+# Two at a time: tests wait for servers and leases more than they compute. A file stays on one.
+stage pytest "$python" -m pytest -m "$marks" -n 2 --dist loadfile --durations=20
 
 echo "== stages"
 printf '%s\n' "${summary[@]}"

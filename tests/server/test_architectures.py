@@ -54,12 +54,10 @@ ARCHITECTURES = [
     Arch("phi3"),  # fused in the checkpoint
     Arch("gpt2"),  # transposed, with biases
     Arch("mixtral"),
-    Arch("deepseek_v2", derived=r"mla_attn\.W_(UV|UK_T)", modes=MODES),
+    Arch("deepseek_v2", derived=r"mla_attn\.W_(UV|UK_T)", modes=("inplace",)),
     Arch("deepseek_v3", derived=r"mla_attn\.W_(UV|UK_T)", modes=()),  # corrected expert scores
-    Arch(
-        "mamba2", opaque=r"backbone\.layers\.[01]\.mixer(\.conv1d)?", modes=MODES
-    ),  # A = -exp(A_log)
-    Arch("gpt_oss", opaque=r"model\.layers\.[01]\.mlp\.experts\.routed_experts", modes=MODES),
+    Arch("mamba2", opaque=r"backbone\.layers\.[01]\.mixer(\.conv1d)?"),  # A = -exp(A_log)
+    Arch("gpt_oss", opaque=r"model\.layers\.[01]\.mlp\.experts\.routed_experts"),
     Arch("llama4", opaque=r"model\.layers\.[01]\.self_attn\.qkv_proj"),  # permuted by its loader
     Arch("bloom", opaque=r"transformer\.h\.[01]\.self_attention\.query_key_value", modes=()),
     Arch("qwen3_next", modes=()),  # gated delta net

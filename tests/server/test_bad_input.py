@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -16,6 +15,7 @@ import torch
 from tests.support import fleet
 from tests.support.fleet import refused
 from tests.support.server import Server
+from tests.support.shared import mapped
 from tests.support.trainer import BUFFER, Json, Trainer, trainer, weights
 from vllm_wt_plugin import HandleError, WeightSync
 from vllm_wt_plugin.transport import shm
@@ -237,9 +237,9 @@ def test_memory_that_its_trainer_released(server: Server) -> None:
 def test_weight_sync_recovers_from_a_swept_dev_shm(server: Server, packed: bool) -> None:
     """Someone emptied /dev/shm under a living trainer: one push fails, the next one works."""
     with WeightSync(server.url, packed=packed, buffer_bytes=BUFFER) as sync:
-        before = set(os.listdir(shm.SHM_DIR))
+        before = mapped()
         sync.push(weights(1), version="before")
-        for name in set(os.listdir(shm.SHM_DIR)) - before:
+        for name in mapped() - before:
             Path(shm.SHM_DIR, name).unlink()
         with pytest.raises(HandleError, match="is gone"):
             sync.push(weights(1), version="refused")

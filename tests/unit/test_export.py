@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Iterator
-from pathlib import Path
 
 import msgspec
 import pytest
 import torch
 
+from tests.support.shared import mapped
 from tests.unit import toys
 from tests.unit.test_session import A, Worker
 from tests.unit.toys import live_tensors, same_bits, specs_of
@@ -188,9 +188,9 @@ def test_a_second_trainer_sees_the_same_memory_and_nothing_is_copied_again() -> 
     worker = Worker(toys.Fused)
     first, second = Attaching(worker), Attaching(worker, seed=3)
     a = first.views()
-    files = set(Path(shm.SHM_DIR).glob("wt_*"))
+    files = mapped()
     b = second.views()
-    assert set(Path(shm.SHM_DIR).glob("wt_*")) == files
+    assert mapped() == files
     second.write(b)
     assert all(same_bits(a[n], b[n]) for n in a)
     assert len(attached(worker)) == 2
