@@ -123,6 +123,8 @@ class AsyncEngine:
     async def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
         if isinstance(request, PatchPush):
             request.check()
+            if request.form == "broadcast":
+                return await self._control.run(broadcast.push_patches(request))
         elif request.register is not None:
             request.register.check()
         return await self._control.push(request)

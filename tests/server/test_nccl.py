@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from tests.server.test_sparse import train
 from tests.support import fleet, models
 from tests.support.server import Server
 from tests.support.toy_trainer import Faulty
@@ -44,6 +45,23 @@ def test_two_servers_take_one_broadcast(two: list[Server]) -> None:
             assert {s.status()["version"] for s in two} == {f"seed {seed}"}
             assert len(report.replicas) == 2
     assert want[1] == fleet.fresh(1)
+
+
+def test_what_a_training_step_changed_reaches_two_servers(two: list[Server]) -> None:
+    model = models.build("qwen3", 0)
+    with connect(two) as sync:
+        sync.push(model, mode="sparse")
+        changed = [sync.push(model, mode="sparse").changed for _ in train(model, 12)]
+        assert all(share is not None and share < 1 for share in changed)
+        assert any(changed)  # in bf16 a few steps add up before anything changes
+        assert sync.verify().ok
+        have = [s.generations() for s in two]
+    want = []
+    for server in two:
+        with WeightSync(server.url) as direct:
+            direct.push(model)
+        want.append(server.generations())
+    assert have == want
 
 
 def test_a_source_that_breaks_off_leaves_dirty_and_the_next_push_heals(two: list[Server]) -> None:

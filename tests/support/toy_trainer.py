@@ -1,7 +1,8 @@
 """A trainer for toy replicas, in a process of its own: `python -m tests.support.toy_trainer`.
 
     URLS SEED TIMEOUT_S FAULT      FAULT: none, or kill:N, stop:N, leave:N (exit) at the N-th tensor
-                                   or sharded:RANK:PORT, one of two ranks that gather
+                                   or sharded:RANK:PORT, one of two ranks that gather, or
+                                   patches: killed at the first bucket of a sparse push
 
 Prints what a push raised, or `pushed`; the exit code is the interpreter's own.
 """
@@ -80,10 +81,29 @@ def sharded(urls: list[str], seed: int, rank: int, port: int) -> None:
     dist.destroy_process_group()
 
 
+def dies_with_patches(urls: list[str], seed: int) -> None:
+    from vllm_wt_plugin.transport.nccl import Sender
+
+    def dies(*_: object) -> None:
+        print("there", flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    tensors = weights(seed)
+    sync = WeightSync(urls, backend="nccl", owner="a process")
+    sync.push(tensors, version=f"process {seed}", mode="sparse")
+    print("pushed", flush=True)
+    Sender.send = dies  # type: ignore[assignment]
+    for t in tensors.values():
+        t.zero_()
+    sync.push(tensors, mode="sparse")
+
+
 def main(urls: str, seed: str, timeout_s: str, fault: str) -> None:
     faulthandler.dump_traceback_later(STACKS_S, repeat=True)
     if fault.startswith("sharded:"):
         return sharded(urls.split(","), int(seed), *map(int, fault.split(":")[1:]))
+    if fault == "patches":
+        return dies_with_patches(urls.split(","), int(seed))
     source = Faulty(weights(int(seed)))
     source.fault = fault
     sync = WeightSync(

@@ -27,7 +27,15 @@ from vllm_wt_plugin.wire.handles import (
     TensorRef,
     contiguous_stride,
 )
-from vllm_wt_plugin.wire.nccl import Joined, Progress, Receive, ReceiveNamed, Written
+from vllm_wt_plugin.wire.nccl import (
+    Joined,
+    Leave,
+    Progress,
+    Receive,
+    ReceiveNamed,
+    ReceivePatches,
+    Written,
+)
 from vllm_wt_plugin.wire.params import ITEMSIZE, LINE, MAX_ELEMENTS, ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import Part, PatchPush, wrong_sums
 from vllm_wt_plugin.wire.sparse import patches
@@ -500,8 +508,10 @@ VERBS: list[Any] = [
     msg.Announce(KEY, KEY, None, KEY, "sample", 7),
     msg.Bucket("", 3),
     Joined(),
+    Leave(),
     Receive(KEY),
     ReceiveNamed(KEY, (ParamSpec("w", "bfloat16", (4, 4)),)),
+    ReceivePatches(KEY, patch_push()),
     Progress(KEY),
     Written(KEY, ["w"]),
     msg.Apply(KEY),

@@ -58,7 +58,10 @@ async def push_patches(request: Request, control: EngineControl) -> dict[str, An
     """The same for a sparse update: what changed since `base_version`."""
     body = msg.decode(_patches, await request.body())
     body.check()
-    return _told(await control.push(body))
+    if body.form != "broadcast":
+        return _told(await control.push(body))
+    steps = broadcast.push_patches(body)
+    return _told(await control.receive(steps, body.session, request.is_disconnected))
 
 
 async def weight_checksums(request: Request, control: EngineControl) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import torch
 
 from vllm_wt_plugin.errors import UnknownRegistration, WeightSyncError
@@ -24,6 +25,7 @@ from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.filling import Filling, Walk
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.meeting import OWN, CouldNotMeet, GroupOptions, Meeting, meet
+from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.replicas import ask, culprits, gather, shared
 from vllm_wt_plugin.trainer.source import device_of, gathers
 from vllm_wt_plugin.transport import group, nccl
@@ -31,6 +33,7 @@ from vllm_wt_plugin.wire.buckets import Bucket, Geometry, buckets_of, size
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.messages import Announcement, FinishBody, PlanReport, StartBody
 from vllm_wt_plugin.wire.nccl import checked
+from vllm_wt_plugin.wire.patches import PatchPush
 
 Sums = dict[str, dict[str, int]]  # of a name, by the dtype that it was summed in
 
@@ -98,10 +101,11 @@ class Broadcaster:
         laps = _Laps(sent.seconds)
         for attempt in (1, 2):
             try:
-                meeting = self._meet(source, clients)
+                meeting = self._meet(device_of(source.source), clients)
             except CouldNotMeet as exc:
                 sent.errors |= shared(names, exc.errors, exc.own)
                 return
+            self._make_room(meeting.device)
             laps("meet")
             sessions, errors = self._start(meeting, clients)
             laps("start")
@@ -123,15 +127,17 @@ class Broadcaster:
         if not sent.errors:
             meeting.pushes += 1
 
-    def _meet(self, source: Listing, clients: list[Client]) -> Meeting:
+    def _meet(self, device: torch.device, clients: list[Client]) -> Meeting:
         m, names = self._meeting, [c.name for c in clients]
         if m is None or list(m.ranks) != names or m.group.aborted:
             self.close()
-            self._meeting = m = meet(self._pool, clients, self.options, device_of(source.source))
-        if not self._memory or self._memory[0].device != m.device:
-            largest = max(map(size, self._buckets), default=1)
-            self._memory, self._filling = nccl.buffers(largest, m.device), None
+            self._meeting = m = meet(self._pool, clients, self.options, device)
         return m
+
+    def _make_room(self, device: torch.device) -> None:
+        if not self._memory or self._memory[0].device != device:
+            largest = max(map(size, self._buckets), default=1)
+            self._memory, self._filling = nccl.buffers(largest, device), None
 
     def _start(
         self, meeting: Meeting, clients: list[Client]
@@ -214,6 +220,65 @@ class Broadcaster:
         self.close()
         failed_names = [c.name for c in clients if mine is not None or c.name in errors]
         return done.get(OWN, {}), shared(failed_names, errors, mine)
+
+    def patch(
+        self, patches: PatchSender, clients: list[Client]
+    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        """Loaded patches to every client, in one broadcast and one request to each, which takes
+        them, checks them and commits: outcomes and errors, by name."""
+        push, data = patches.push, patches.data
+        if push is None or data is None:
+            raise RuntimeError("load() comes first")
+        for attempt in (1, 2):
+            try:
+                meeting = self._meet(data.device, clients)
+            except CouldNotMeet as exc:
+                return {}, shared([c.name for c in clients], exc.errors, exc.own)
+            session = secrets.token_hex(16)
+            request = msgspec.structs.replace(
+                push, form="broadcast", registration=meeting.id, session=session,
+                bucket_bytes=self.options.buffer_bytes,
+            )  # fmt: skip
+            done, errors = self._send_patches(meeting, data, request, clients)
+            if not errors:
+                break
+            self.close()
+            if attempt == 2 or done or not _restarted(errors):
+                break
+        return done, errors
+
+    def _send_patches(
+        self, meeting: Meeting, data: torch.Tensor, request: PatchPush, clients: list[Client]
+    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        after = nccl.current_stream(meeting.device)
+        parts = data.to(meeting.device).split(request.bucket_bytes)
+
+        def send() -> None:
+            sender = nccl.Sender(
+                meeting.group, parts, len(parts), self.options.timeout_s, ahead=True
+            )
+            try:
+                with nccl.on_side_stream(meeting.device, "fill", after):
+                    for part in parts:
+                        sender.buffer()
+                        sender.send(len(part))
+                    sender.drain()
+            except BaseException as exc:
+                meeting.group.abort(str(exc))
+                raise
+
+        def failed() -> None:
+            meeting.group.abort("a replica failed")
+            self._abort(clients, {c.name: request.session for c in clients}, "the transfer failed")
+
+        futures: dict[str, Future[Any]] = {
+            OWN: group.run(send, "broadcast", lambda: meeting.group.abort("the process ends"))
+        }
+        futures |= {c.name: self._pool.submit(c.push, request) for c in clients}
+        done, errors = gather(futures, failed)
+        mine, _ = errors.pop(OWN, None), done.pop(OWN, None)
+        lost = [c.name for c in clients if c.name not in done]
+        return done, shared(lost, errors, mine)
 
     def _planned(self, source: Listing) -> Filling:
         """The same as last time for the same tensors in the same buffers."""

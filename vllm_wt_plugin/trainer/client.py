@@ -214,6 +214,8 @@ class LLMClient:
     def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
         if isinstance(request, PatchPush):
             request.check()
+            if request.form == "broadcast":
+                return self._run(broadcast.push_patches(request))
         elif request.register is not None:
             request.register.check()
         core = self._llm.llm_engine.engine_core

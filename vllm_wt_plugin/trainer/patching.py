@@ -1,6 +1,7 @@
-"""Sparse pushes: the changes in one shared buffer, to every replica that holds the last version.
+"""Sparse pushes: the changes in one buffer, to every replica that holds the last version.
 
 Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each replica)
+                                            └▶ Broadcaster.patch (to all at once)
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from typing import Any
 import msgspec
 import torch
 
-from vllm_wt_plugin.errors import UnknownRegistration
+from vllm_wt_plugin.errors import UnknownRegistration, WeightSyncError
+from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Changes
@@ -29,12 +31,13 @@ SPARE = 1.5  # room that the buffer has beyond its first use, so that it is seld
 class PatchSender:
     """The buffer of one trainer and what its replicas know of it. `close()` frees it.
 
-    `exporter` is its own: what it shares is this buffer alone.
+    `exporter` is its own: what it shares is this buffer alone; None: the buffer is not shared.
     """
 
-    def __init__(self, exporter: BaseExporter) -> None:
+    def __init__(self, exporter: BaseExporter | None) -> None:
         self.exporter = exporter
         self.buffer: torch.Tensor | None = None
+        self.data: torch.Tensor | None = None  # the part of it that `load` has filled
         self.registration: Registration | None = None
         self._known: dict[str, str] = {}  # replica → the buffer's registration it holds
         self.push: PatchPush | None = None
@@ -62,17 +65,23 @@ class PatchSender:
                     i, v = i + g.indices.nbytes, v + g.values.nbytes
         for (spec, t), at in zip(changes.whole, places.whole_at, strict=True):
             buffer[at : at + spec.nbytes].view(t.dtype).view(t.shape).copy_(t)
-        self.registration, _ = self.exporter.register([("patches", buffer)])
-        self.exporter.refresh()
+        self.data = buffer[: max(places.nbytes, 1)]
+        whole_sums = []
+        if self.exporter is None:  # over a network; memory that is shared needs no proof
+            whole_sums = checksum_runs([(s.name, t, 0) for s, t in changes.whole])
+        else:
+            self.registration, _ = self.exporter.register([("patches", buffer)])
+            self.exporter.refresh()
         self.push = PatchPush(
             names=[s.name for s in specs],
             dtype_names=[s.dtype for s in specs],
             shapes=[s.shape for s in specs],
             num_updates_list=counts,
-            registration=self.registration.id,
+            registration="" if self.registration is None else self.registration.id,
             base_version=base,
             whole=whole,
             sums=sums,
+            whole_sums=whole_sums,
             version=version,
             owner=owner,
         )
@@ -97,12 +106,23 @@ class PatchSender:
         self._known[client.name] = registration.id
         return done
 
+    def each(self, clients: list[Client]) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        """`send` to one after another: outcomes and errors, by name."""
+        done, errors = dict[str, Outcome](), dict[str, WeightSyncError]()
+        for c in clients:
+            try:
+                done[c.name] = self.send(c)
+            except WeightSyncError as exc:
+                errors[c.name] = exc
+        return done, errors
+
     def forget(self, name: str) -> None:
         self._known.pop(name, None)
 
     def close(self) -> None:
-        self.exporter.close()
-        self.buffer = self.push = None
+        if self.exporter is not None:
+            self.exporter.close()
+        self.buffer = self.data = self.push = None
 
 
 def send_patches(

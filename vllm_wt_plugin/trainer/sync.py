@@ -103,9 +103,6 @@ class WeightSync:
         self._plans: dict[str, PlanReport] = {}
         self._lister = Lister()
         self._last: _Export | None = None
-        self._tracker = Tracker(
-            MemoryExporter if in_process else Exporter, self._plans, self._owner, snapshot
-        )
         self._broadcaster: Broadcaster | None = None
         if backend == "nccl":
             options = GroupOptions(
@@ -114,6 +111,10 @@ class WeightSync:
                 verify=verify, on_replica_error=on_replica_error, sender=sender,
             )  # fmt: skip
             self._broadcaster = Broadcaster(options, self._owner, self._pool, self._plans)
+        self._tracker = Tracker(
+            MemoryExporter if in_process else Exporter, self._plans, self._owner, snapshot,
+            None if self._broadcaster is None else self._broadcaster.patch,
+        )  # fmt: skip
         self._pushes = 0
         self._closed = False
 
@@ -160,8 +161,13 @@ class WeightSync:
         start = time.perf_counter()
         listing = self._lister.list(source)
         seconds = {"list": time.perf_counter() - start}
-        if self._broadcaster is not None:
-            return self._broadcast(self._broadcaster, listing, version, mode, start)
+        via = self._broadcaster
+        if via is not None and not via.options.sends:
+            walk(listing)
+            return PushReport(version=version, tensors=len(listing.specs), bytes=0,
+                              seconds={"total": 0.0}, replicas=())  # fmt: skip
+        if via is not None and listing.tensors is None and gathers(listing.source):
+            mode = "dense"  # another rank walks the source once, whatever is sent
         sent = None
         if mode != "dense":
             sent = self._tracker.push(listing, version, mode, self._clients)
@@ -179,44 +185,19 @@ class WeightSync:
         else:
             self._tracker.settle(listing, version, done, time.perf_counter() - start, bool(left))
         seconds["total"] = time.perf_counter() - start
-        return _checked(
-            PushReport(
-                version=version,
-                tensors=tensors,
-                bytes=nbytes,
-                seconds=seconds,
-                replicas=tuple(done),
-                changed=None if sent is None else sent.changed,
-            )
-        )
-
-    def _broadcast(
-        self, via: Broadcaster, source: Listing, version: str, mode: Mode, start: float
-    ) -> PushReport:
-        if mode != "dense":
-            raise RequestError(
-                "broadcasts are dense", next_step='push with mode="dense", or over ipc'
-            )
-        if not via.options.sends:
-            walk(source)
-            return PushReport(version=version, tensors=len(source.specs), bytes=0,
-                              seconds={"total": 0.0}, replicas=())  # fmt: skip
-        sent = via.push(source, version, self._clients)
         report = PushReport(
             version=version,
-            tensors=len(source.specs),
-            bytes=sum(s.nbytes for s in source.specs),
-            seconds=sent.seconds | {"total": time.perf_counter() - start},
-            replicas=tuple(
-                self._outcome(c, sent.outcomes[c.name])
-                if c.name in sent.outcomes
-                else ReplicaOutcome(name=c.name, error=sent.errors[c.name])
-                for c in self._clients
-            ),
+            tensors=tensors,
+            bytes=nbytes,
+            seconds=seconds,
+            replicas=tuple(done),
+            changed=None if sent is None else sent.changed,
         )
-        if via.options.on_replica_error == "raise" or not sent.outcomes:
+        lost = [o.name for o in done if o.error is not None]
+        drops = via is not None and via.options.on_replica_error == "drop"
+        if not drops or len(lost) == len(done):
             return _checked(report)
-        for name in sent.errors:
+        for name in lost:
             self.remove(name)
         return report
 
@@ -254,7 +235,9 @@ class WeightSync:
         return {c.name: c.checksums(source.specs) for c in self._clients}
 
     def _push_dense(self, source: Listing, version: str, clients: list[Client]) -> _Dense:
-        """The tensors' own memory, read by the workers, or else through buffers."""
+        """By broadcast; or the tensors' own memory, read by the workers, or through buffers."""
+        if self._broadcaster is not None:
+            return self._push_broadcast(self._broadcaster, source, version, clients)
         start = time.perf_counter()
         made = source.tensors is None and gathers(source.source)
         if self._packed or (self._packed is None and made):
@@ -282,6 +265,18 @@ class WeightSync:
             "request": now - staged,
         }
         return len(registration.tensors), export.nbytes, outcomes, seconds
+
+    def _push_broadcast(
+        self, via: Broadcaster, source: Listing, version: str, clients: list[Client]
+    ) -> _Dense:
+        sent = via.push(source, version, clients)
+        outcomes = [
+            self._outcome(c, sent.outcomes[c.name])
+            if c.name in sent.outcomes
+            else ReplicaOutcome(name=c.name, error=sent.errors[c.name])
+            for c in clients
+        ]
+        return len(source.specs), sum(s.nbytes for s in source.specs), outcomes, sent.seconds
 
     def _push_packed(self, source: Listing, version: str, clients: list[Client]) -> _Dense:
         """To one replica after another: a source that gathers is iterated once for each."""

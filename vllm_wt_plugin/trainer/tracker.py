@@ -24,11 +24,16 @@ from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.report import ReplicaOutcome
 from vllm_wt_plugin.transport.layout import BaseExporter
+from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.replies import Held
 
 Mode = Literal["dense", "auto", "sparse"]
 Where = Literal["device", "host"]
+# Patches that are loaded, to these replicas: what each did, or failed with.
+Broadcast = Callable[
+    [PatchSender, list[Client]], tuple[dict[str, Outcome], dict[str, WeightSyncError]]
+]
 FINAL = (AccessDenied, EngineAsleep, ServerUnreachable, UpdateInProgress)  # dense fails as well
 
 
@@ -46,7 +51,8 @@ class Sent:
 class Tracker:
     """One per `WeightSync`; keeps nothing until the first push that is not dense.
 
-    `plans`: the replicas' reports, as they come in.
+    `plans`: the replicas' reports, as they come in. `broadcast`: sends to all at once, so changes
+    alone go out where every replica can take them.
     """
 
     def __init__(
@@ -55,8 +61,10 @@ class Tracker:
         plans: dict[str, PlanReport],
         owner: str,
         where: Where,
+        broadcast: Broadcast | None = None,
     ) -> None:
         self._exporter, self._plans, self._owner, self._where = exporter, plans, owner, where
+        self._broadcast = broadcast
         self._snapshot: Snapshot | None = None
         self._version = ""  # of the snapshot
         self._plan: PlanReport | None = None
@@ -80,6 +88,8 @@ class Tracker:
         ready = [c for c in clients if c.name in self._at]
         if self._snapshot is None or not ready:
             return None
+        if self._broadcast is not None and len(ready) < len(clients):
+            return None
         start = time.perf_counter()
         if not self._snapshot.fits(source):
             return None
@@ -89,29 +99,29 @@ class Tracker:
             return None
         compared = time.perf_counter()
         if self._sender is None:
-            self._sender = PatchSender(self._exporter())
+            self._sender = PatchSender(None if self._broadcast is not None else self._exporter())
         self._sender.load(changes, self._snapshot.first(), self._version, version, self._owner)
         loaded = time.perf_counter()
-        outcomes = {}
-        for c in ready:
-            outcome = self._one(c, self._sender)
-            if outcome is not None:
-                outcomes[c.name] = outcome
+        if self._broadcast is None:
+            done, errors = self._sender.each(ready)
+        else:
+            done, errors = self._broadcast(self._sender, ready)
+        for name in errors:
+            self._at.discard(name)
+            self._sender.forget(name)
+        outcomes = {n: self._took(n, o) for n, o in done.items()}
+        outcomes |= {
+            n: ReplicaOutcome(name=n, error=e) for n, e in errors.items() if isinstance(e, FINAL)
+        }
         self._changes = changes
         now = time.perf_counter()
         seconds = {"diff": compared - start, "pack": loaded - compared, "request": now - loaded}
         share = changes.changed / max(changes.total, 1)
         return Sent(outcomes, len(source.specs), changes.bytes, share, seconds)
 
-    def _one(self, c: Client, sender: PatchSender) -> ReplicaOutcome | None:
-        try:
-            done = sender.send(c)
-        except WeightSyncError as exc:
-            self._at.discard(c.name)
-            sender.forget(c.name)
-            return ReplicaOutcome(name=c.name, error=exc) if isinstance(exc, FINAL) else None
+    def _took(self, name: str, done: Outcome) -> ReplicaOutcome:
         return ReplicaOutcome(
-            name=c.name, version=done.version, seconds=done.seconds, plan=self._plans.get(c.name)
+            name=name, version=done.version, seconds=done.seconds, plan=self._plans.get(name)
         )
 
     def settle(

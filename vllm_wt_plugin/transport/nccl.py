@@ -117,7 +117,8 @@ class Receiver:
         self._group, self._memory, self._sizes = group, memory, sizes
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
         self._flights: deque[Pending] = deque()  # begun, and not given out by `next`
-        self._free: deque[torch.cuda.Event | None] = deque([None] * len(memory))
+        # What the memory was used for before may not be over yet.
+        self._free = deque([_so_far(memory[0])] * len(memory))
         self._changed = threading.Condition()
         self._error: TransferError | None = None
         self._given = 0
@@ -142,10 +143,7 @@ class Receiver:
 
     def release(self) -> None:
         """The bucket that `next` gave has been copied, or will be by the current stream."""
-        event = None
-        if self._memory[0].is_cuda:
-            event = torch.cuda.Event()
-            event.record()
+        event = _so_far(self._memory[0])
         with self._changed:
             self._free.append(event)
             self._changed.notify_all()
@@ -223,6 +221,15 @@ class Receiver:
             self._flights.append(flight)
             self._changed.notify_all()
         return flight
+
+
+def _so_far(memory: torch.Tensor) -> torch.cuda.Event | None:
+    """What the current stream has been given; None without CUDA."""
+    if not memory.is_cuda:
+        return None
+    event = torch.cuda.Event()
+    event.record()
+    return event
 
 
 def _pauses() -> Iterator[float]:

@@ -7,6 +7,7 @@ again and again; between two looks others have their turn, so that an abort need
 from __future__ import annotations
 
 import secrets
+from collections.abc import Generator
 from typing import Any
 
 import msgspec
@@ -15,7 +16,8 @@ from vllm_wt_plugin.errors import NoUpdate, TransferError
 from vllm_wt_plugin.wire import exchange, sparse
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree, slowest
-from vllm_wt_plugin.wire.exchange import Call, Outcome, Rest, Steps
+from vllm_wt_plugin.wire.exchange import Action, Call, Outcome, Rest, Steps
+from vllm_wt_plugin.wire.messages import Reply
 from vllm_wt_plugin.wire.nccl import (
     Joined,
     Leave,
@@ -26,6 +28,7 @@ from vllm_wt_plugin.wire.nccl import (
     ReceivePatches,
 )
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
+from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 
@@ -101,23 +104,44 @@ def receive(
     session: str = "", begin: msg.Verb | None = None, specs: tuple[ParamSpec, ...] = ()
 ) -> Steps:
     """All buckets of the open, announced update, through its trainer's group."""
-    seconds: dict[str, float] = {}
-    begun = False
     try:
         replies = yield Call((begin or Receive(session),))
         agree(replies, specs)
-        begun = True
+        replies, seconds = yield from _arrive(session, replies)
+    except Exception as exc:
+        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
+        raise
+    return Outcome(replies[0].state.version, seconds, None)
+
+
+def push_patches(push: PatchPush) -> Steps:
+    """A whole sparse update that is broadcast: it arrives while the engine serves."""
+
+    def coming(begin: msg.Begin) -> Generator[Action, Any, list[Reply]]:
+        begun = yield Call((begin, ReceivePatches(begin.session, push)))
+        agree(begun)
+        yield from _arrive(begin.session, begun)
+        ready = yield Call((msg.PreparePatches(begin.session, push),))
+        rows = zip(begun, ready, strict=True)
+        return [msgspec.structs.replace(r, info=first.info | r.info) for first, r in rows]
+
+    return exchange.push(push, coming=coming)
+
+
+def _arrive(
+    session: str, replies: list[Reply]
+) -> Generator[Action, Any, tuple[list[Reply], dict[str, float]]]:
+    """Look at what was begun until every rank has all of it; the last replies, and seconds."""
+    seconds: dict[str, float] = {}
+    try:
         while any(r.info["receiving"] for r in replies):
             yield Rest()
             replies = yield Call((Progress(session),))
             agree(replies)
             for phase, s in slowest(replies).items():
                 seconds[phase] = seconds.get(phase, 0.0) + s
-    except Exception as exc:
+    except NoUpdate as exc:  # between two looks somebody else has ended it
         now = yield Call((msg.Status(),))
-        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
-        if begun and isinstance(exc, NoUpdate):  # between two looks somebody else has ended it
-            why = next((r.state.reason for r in now if r.state.reason), "it was aborted")
-            raise TransferError(why, next_step="push again") from exc
-        raise
-    return Outcome(replies[0].state.version, seconds, None)
+        why = next((r.state.reason for r in now if r.state.reason), "it was aborted")
+        raise TransferError(why, next_step="push again") from exc
+    return replies, seconds

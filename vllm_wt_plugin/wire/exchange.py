@@ -139,16 +139,28 @@ def core_method(request: msg.PushRequest | PatchPush) -> str:
     return "weight_push" if isinstance(request, msg.PushRequest) else "weight_patch"
 
 
-def push(request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S) -> Steps:
+# From an update's begin to its being prepared, where that is more than one call.
+Coming = Callable[[msg.Begin], Generator[Action, Any, list[Reply]]]
+
+
+def push(
+    request: msg.PushRequest | PatchPush,
+    lease_s: float = msg.LEASE_S,
+    coming: Coming | None = None,
+) -> Steps:
     """One whole update."""
-    session = secrets.token_hex(16)
+    named = request.session if isinstance(request, PatchPush) else ""
+    session = named or secrets.token_hex(16)
     was_paused = bool((yield IsPaused()))
     specs = () if isinstance(request, PatchPush) or not request.register else request.register.specs
     done: list[Reply] = []
     paused = False  # by us
     try:
         begin = msg.Begin(session, request.owner, lease_s, not was_paused)
-        ready = yield Call((begin, _prepare(session, request)))
+        if coming is None:
+            ready = yield Call((begin, _prepare(session, request)))
+        else:
+            ready = yield from coming(begin)
         report = agree(ready, specs)
         yield from _still_paused(was_paused, ready)
         if isinstance(request, PatchPush):

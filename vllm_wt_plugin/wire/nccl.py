@@ -111,8 +111,8 @@ class ReceiveNamed(_Verb, frozen=True, tag="receive_named"):
 
 
 class ReceivePatches(_Verb, frozen=True, tag="receive_patches"):
-    """Check what `push` names, and begin to take the indices and values of each from the group;
-    once all are here, `PreparePatches` of the same push finds them.
+    """Check what can be known of `push`, and begin to take its buffer, or the indices and values
+    of each name, from the group; once all are here, `PreparePatches` of the same push finds them.
 
     `narrow`: indices are int32 for tensors of any size, as vLLM's own trainer sends them."""
 

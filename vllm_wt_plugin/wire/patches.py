@@ -20,6 +20,7 @@ from vllm_wt_plugin.wire.params import (
     Name,
     Owner,
     ParamSpec,
+    Session,
     Shape,
     Size,
     Version,
@@ -37,8 +38,11 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     `num_updates_list[i]` new values of `names[i]`; `whole` tensors follow in full, for modules
     that take no patches. `form` "buffer": `registration` has one tensor of bytes (see `layout`),
-    `register` is sent once; "tensors": it has `INDICES + name` and `VALUES + name` for each.
-    `sums[i]`: by how much the update moves `names[i]`'s checksum; empty: not checked.
+    `register` is sent once; "tensors": it has `INDICES + name` and `VALUES + name` for each;
+    "broadcast": it is the group whose rank 0 sends that buffer, `bucket_bytes` at a time, and
+    `session` is what an abort names.
+    `sums[i]`: by how much the update moves `names[i]`'s checksum; `whole_sums[i]`: the checksum
+    of `whole[i]`; empty: not checked.
     `base_version` None: not checked either.
     """
 
@@ -51,10 +55,13 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     register: Registration | None = None
     whole: list[ParamSpec] = []
     sums: list[Checksum] = []
+    whole_sums: list[Checksum] = []
     version: Version | None = None
     owner: Owner = ""
     update_kind: Literal["sparse_flat"] = "sparse_flat"
-    form: Literal["buffer", "tensors"] = "buffer"
+    form: Literal["buffer", "tensors", "broadcast"] = "buffer"
+    bucket_bytes: Annotated[int, msgspec.Meta(ge=1, le=2**40)] = 1 << 30
+    session: Session = ""
 
     @property
     def specs(self) -> tuple[ParamSpec, ...]:
@@ -75,6 +82,11 @@ class PatchPush(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
             raise RequestError("`names` is empty", where="$.names")
         specs = self.specs
         check_specs((*specs, *self.whole))
+        if len(self.whole_sums) not in (0, len(self.whole)):
+            raise RequestError(
+                f"{len(self.whole_sums)} checksums of {len(self.whole)} tensors",
+                where="$.whole_sums",
+            )
         self.check_counts([s.numel for s in specs])
         if self.register is not None:
             self.register.check()

@@ -20,7 +20,7 @@ from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import WAIT_S, Link
 from vllm_wt_plugin.worker.open import Draft, Open
 from vllm_wt_plugin.worker.packed import PackedUpdate
-from vllm_wt_plugin.worker.patches import Arriving
+from vllm_wt_plugin.worker.patches import Arriving, patchable
 
 Verb = msg.Announce | msg.Bucket | Receive | ReceiveNamed | ReceivePatches | Progress | Written
 
@@ -28,8 +28,15 @@ Verb = msg.Announce | msg.Bucket | Receive | ReceiveNamed | ReceivePatches | Pro
 class Incoming:
     """Runs these verbs for a session, on its open update."""
 
-    def __init__(self, known: Known, link: Link, synchronize: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        known: Known,
+        link: Link,
+        synchronize: Callable[[], None],
+        holds: Callable[[], tuple[str, str]],  # version of the live weights, and why DIRTY
+    ) -> None:
         self._known, self._link, self._synchronize = known, link, synchronize
+        self._holds = holds
         self._last_named: tuple[ParamSpec, ...] = ()  # by vLLM's trainers
 
     def run(self, verb: Verb, open_: Open, out: Draft) -> None:
@@ -87,12 +94,11 @@ class Incoming:
         return Receive(verb.session)
 
     def _patches(self, verb: ReceivePatches, open_: Open, out: Draft) -> None:
-        """Begin to receive, if every name has a place; without values nothing will come."""
+        """Begin to receive, if these weights can take them; without values nothing will come."""
         open_.by("as patches")
-        self._link.expect(None)
-        with out.timed("plan"):
-            self._known.patched(verb.push)
-        open_.arriving = Arriving(verb, self._known.host.device)
+        self._link.expect(verb.push.registration if verb.push.form == "broadcast" else None)
+        patched, _ = patchable(self._known, verb.push, *self._holds(), out.timed)
+        open_.arriving = Arriving(verb, patched, self._known.host.device)
         if not open_.arriving.complete:
             self._link.receive(open_.arriving.memory, open_.arriving.sizes)
         out.info["receiving"] = not open_.arriving.complete

@@ -17,6 +17,7 @@ from vllm_wt_plugin.errors import (
     TransferError,
     VersionMismatch,
 )
+from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.sparse.patch import WORDS, Group, grouped, received
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.moved import Moved
@@ -30,8 +31,10 @@ from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.update import Update
 
 
-def check_start(push: PatchPush, version: str, dirty: str) -> None:
-    """Raise unless `push` can start from weights at `version`."""
+def patchable(
+    known: Known, push: PatchPush, version: str, dirty: str, timed: Timed
+) -> tuple[Patched, bool]:
+    """What `push` names of weights at `version`, if they can take it, and whether it is new."""
     if dirty:
         raise EngineDirty(
             f"patches need whole weights to start from, these are DIRTY: {dirty}",
@@ -42,15 +45,21 @@ def check_start(push: PatchPush, version: str, dirty: str) -> None:
             f"the patches start from version {push.base_version!r}, the engine holds {version!r}",
             next_step="push dense",
         )
+    with timed("plan"):
+        return known.patched(push)
 
 
 def open_patches(
-    known: Known, push: PatchPush, memory: dict[str, torch.Tensor] | None, timed: Timed
+    known: Known,
+    push: PatchPush,
+    version: str,
+    dirty: str,
+    timed: Timed,
+    memory: dict[str, torch.Tensor] | None,
 ) -> tuple[PatchUpdate, PlanReport | None]:
-    """The update that `push` asks for, checked; the report of a new plan. `memory`: its tensors,
-    where they have come by broadcast."""
-    with timed("plan"):
-        patched, new = known.patched(push)
+    """The update that `push` asks of weights at `version`, checked; the report of a new plan.
+    `memory`: its tensors, where they have come by broadcast."""
+    patched, new = patchable(known, push, version, dirty, timed)
     if memory is None:
         with timed("wait"):
             memory = known.patch_memory(push)
@@ -60,17 +69,25 @@ def open_patches(
 
 
 class Arriving:
-    """Patches that come through a group, each tensor whole, in `tensors` by name; nothing live is
-    written before all are here and were checked."""
+    """Patches that come through a group into `tensors`, by name; nothing live is written before
+    all are here and were checked. `memory` takes bucket after bucket: our trainer sends its
+    buffer in parts, vLLM's every tensor whole."""
 
     writes = ahead = False
 
-    def __init__(self, verb: ReceivePatches, device: torch.device) -> None:
-        self.tensors = {
-            name: torch.empty(n, dtype=getattr(torch, dtype), device=device)
-            for name, dtype, n in parts(verb.push, narrow=verb.narrow)
-        }
-        self.memory = [t.view(torch.uint8) for t in self.tensors.values() if t.numel()]
+    def __init__(self, verb: ReceivePatches, patched: Patched, device: torch.device) -> None:
+        push = verb.push
+        if push.form == "broadcast":
+            at = layout(patched.widths, push.num_updates_list, push.whole)
+            buffer = torch.empty(max(at.nbytes, 1), dtype=torch.uint8, device=device)
+            self.tensors = {"": buffer}
+            self.memory = list(buffer.split(push.bucket_bytes))
+        else:
+            self.tensors = {
+                name: torch.empty(n, dtype=getattr(torch, dtype), device=device)
+                for name, dtype, n in parts(push, narrow=verb.narrow)
+            }
+            self.memory = [t.view(torch.uint8) for t in self.tensors.values() if t.numel()]
         self.sizes = [m.numel() for m in self.memory]
         self._left = len(self.memory)
 
@@ -92,7 +109,7 @@ class PatchUpdate:
     ) -> None:
         self._host, self._places, self._push = host, patched.places, push
         specs, places = patched.specs, patched.places
-        groups, self._sent = (_in_buffer if push.form == "buffer" else _in_tensors)(
+        groups, self._sent = (_in_tensors if push.form == "tensors" else _in_buffer)(
             push, patched, memory
         )
         self._scatters = [
@@ -130,7 +147,7 @@ class PatchUpdate:
         Raises TransferError where the engine's old values, or what arrived, are not the trainer's.
         """
         want = dict(zip(self._push.names, self._push.sums, strict=False))
-        wrong, parts = [], dict[str, list[Part]]()
+        wrong, parts = self._arrived_wrong(), dict[str, list[Part]]()
         for group, ways in self._scatters:
             for spec, have in zip(group.specs, ways.read(), strict=True):
                 if spec.name not in want:
@@ -142,6 +159,14 @@ class PatchUpdate:
                     wrong.append(spec.name)
         check_sums(wrong)
         return parts
+
+    def _arrived_wrong(self) -> list[str]:
+        """Tensors in full that are not the trainer's; where it says what they add up to."""
+        if not self._push.whole_sums:
+            return []
+        have = checksum_runs([(n, t, 0) for n, t in self._sent.items()])
+        rows = zip(self._sent, have, self._push.whole_sums, strict=True)
+        return [name for name, a, b in rows if a != b]
 
     @torch.no_grad()
     def apply(self) -> None:

@@ -31,7 +31,7 @@ from vllm_wt_plugin.worker.incoming import Incoming
 from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.open import Committed, Draft, Open
-from vllm_wt_plugin.worker.patches import PatchUpdate, check_start, open_patches
+from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Update, check_equal, check_filled, places
@@ -57,13 +57,15 @@ class WorkerSession:
     ) -> None:
         self.known, self.rank = Known(host, importer, rank=rank, keeps_shadow=shadow), rank
         self.link = link or Link(rank, torch.device("cpu"))
-        self.incoming = Incoming(self.known, self.link, synchronize)
-        self.exports = Exports(self.known, world_size)
         self._log, self._after_commit, self._synchronize = log, after_commit, synchronize
         self.version = "default"
         self.dirty = ""  # why, while DIRTY
         self.dirty_since = 0.0
         self.resume_sticky = False  # a failed update paused the engine; the healing one resumes it
+        self.incoming = Incoming(
+            self.known, self.link, synchronize, lambda: (self.version, self.dirty)
+        )
+        self.exports = Exports(self.known, world_size)
         self.asleep: set[str] = set()
         self.open: Open | None = None
         self.turn = Turn(shared=shared)
@@ -201,10 +203,11 @@ class WorkerSession:
         """Everything that can be wrong is found here, while the engine serves."""
         open_ = self._mine(verb.session, out)
         open_.by("as patches")
-        check_start(verb.push, self.version, self.dirty)
         arrived, open_.arriving = open_.arriving, None
-        memory = None if arrived is None else arrived.tensors
-        update, out.report = open_patches(self.known, verb.push, memory, out.timed)
+        update, out.report = open_patches(
+            self.known, verb.push, self.version, self.dirty, out.timed,
+            None if arrived is None else arrived.tensors,
+        )  # fmt: skip
         with out.timed("read"):
             out.info["sums"] = update.prepare()
         open_.patches.append(update)
