@@ -38,6 +38,11 @@ def test_every_engine_takes_a_push(
         assert server.status()["state"] == "IDLE"
         sync.push(a, version="a")
         assert _texts(server) == before
+    # Both engines' workers are in one group, by their ranks over all engines.
+    with WeightSync(server.url, backend="nccl", buffer_bytes=64 << 10) as sync:
+        for folder, texts in ((b, new), (a, before)):
+            sync.push(folder, version=folder.name)
+            assert _texts(server) == texts
 
 
 def _tensors(folder: Path) -> dict[str, object]:
