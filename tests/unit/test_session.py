@@ -699,8 +699,8 @@ SIZE = 1024
 class Packed(Trainer):
     """Two buffers, filled in turn."""
 
-    def __init__(self, seed: int) -> None:
-        super().__init__(seed)
+    def __init__(self, seed: int, kind: type[toys.Toy] = Model) -> None:
+        super().__init__(seed, kind)
         self.memory = [torch.empty(SIZE, dtype=torch.uint8) for _ in range(2)]
         self.exporters = [MemoryExporter() for _ in self.memory]
         self.buckets = cut(specs_of(self.tensors), SIZE)
@@ -715,7 +715,10 @@ class Packed(Trainer):
     def fill(self, index: int, seed: int) -> None:
         buffer = self.memory[index % 2]
         buffer.fill_(0xAA)
-        tensors = toys.checkpoint(Model(), seed)
+        self.fill_with(index, toys.checkpoint(Model(), seed))
+
+    def fill_with(self, index: int, tensors: dict[str, torch.Tensor]) -> None:
+        buffer = self.memory[index % 2]
         for p in self.buckets[index]:
             t = tensors[p.spec.name]
             place = buffer[p.offset : p.offset + p.nbytes].view(t.dtype).view(p.shape)
@@ -733,6 +736,26 @@ def test_packed_pushes_use_their_buffers_again(worker: Worker) -> None:
             worker.ok(msg.Bucket(A, index))
         worker.ok(msg.Commit(A, f"v{seed}"))
         assert worker.holds(seed)
+
+
+@pytest.mark.parametrize("kind", [toys.Retied, RetiedPacked])
+@pytest.mark.parametrize("late", ["embed.weight", "lm_head.weight"])
+def test_tied_names_in_buckets_must_bring_the_same(kind: type[toys.Toy], late: str) -> None:
+    worker, trainer = Worker(kind), Packed(2, kind)
+    wrong = trainer.tensors | {late: trainer.tensors[late] + 1}
+    for key, tensors in ((A, wrong), (B, trainer.tensors), (C, trainer.tensors)):
+        announce = trainer.announcement if key == A else None
+        worker.ok(worker.begin(key), msg.Announce(key, C, announce))
+        for index in range(len(trainer.buckets)):
+            trainer.fill_with(index, tensors)
+            worker.ok(msg.Bucket(key, index))
+        if tensors is wrong:
+            error = worker.refused("PlanError", msg.Commit(key, "v2"))
+            assert "are one tensor" in error["error"]
+            assert worker.state.phase == "DIRTY"
+        else:
+            worker.ok(msg.Commit(key, "v2"))
+            assert worker.holds(2)
 
 
 def test_buckets_come_in_order_and_all_of_them(worker: Worker) -> None:

@@ -16,7 +16,7 @@ from vllm_wt_plugin.wire.messages import Announcement
 from vllm_wt_plugin.worker.plan.batch import Batch
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
-from vllm_wt_plugin.worker.plan.update import Update
+from vllm_wt_plugin.worker.plan.update import Update, differ
 
 
 class Announced:
@@ -28,12 +28,15 @@ class Announced:
     def __init__(
         self, new: Announcement, plan: LoadPlan, importer: Importer, device: torch.device, rank: int
     ) -> None:
-        if plan.must_equal:
-            raise PlanError(
-                "two names are one tensor in the served model, which a packed push cannot compare",
-                where=plan.must_equal[0][0].name,
-                next_step="push with packed=False, or leave one of the names out",
-            )
+        for a, b in plan.must_equal:
+            one, two = plan.specs[a.name], plan.specs[b.name]
+            if (one.dtype, one.shape, a.source) != (two.dtype, two.shape, b.source):
+                raise PlanError(
+                    f"parts of {a.name} and {b.name} are one tensor in the served model, which a "
+                    "packed push cannot compare",
+                    where=a.name,
+                    next_step="push with packed=False, or leave one of the names out",
+                )
         self.plan, self.importer = plan, importer
         self.registrations = _nearest(new, importer, rank)
         self.specs = new.specs
@@ -90,6 +93,8 @@ class PackedUpdate:
         self._next = 0
         computed = announced.plan.report.whole
         self.received: dict[str, int] = {n: 0 for n in checked if n in computed}
+        # Names that are one tensor: sums of what comes, which say whether it is the same.
+        self._tied = {s.name: 0 for pair in announced.plan.must_equal for s in pair}
 
     def expect(self, index: int) -> None:
         """Refuse any bucket but the next; wait until the trainer has filled its buffer."""
@@ -115,7 +120,7 @@ class PackedUpdate:
         """All that the expected bucket needs, where that is copies which were made before."""
         a = self._announced
         names = (p.spec.name for p in a.buckets[self._next])
-        computed = a.plan.computed_names | self.received.keys()
+        computed = a.plan.computed_names | self.received.keys() | self._tied.keys()
         return a.batches.get(self._next) if computed.isdisjoint(names) else None
 
     def receive(self) -> None:
@@ -131,10 +136,11 @@ class PackedUpdate:
         if all(rows.data_ptr() == memory.data_ptr() + p.offset for p, rows in pieces):
             a.batches[index] = batch  # the next one of this index lies where this one does
         for p, rows in pieces:
-            if p.spec.name in self.received:
-                start = p.row * (rows.numel() // max(p.rows, 1))
-                have = self.received[p.spec.name] + checksum_run(p.spec.name, rows, start)
-                self.received[p.spec.name] = wrap(have)
+            for sums, seed in ((self.received, p.spec.name), (self._tied, "tied")):
+                if p.spec.name in sums:
+                    start = p.row * (rows.numel() // max(p.rows, 1))
+                    have = sums[p.spec.name] + checksum_run(seed, rows, start)
+                    sums[p.spec.name] = wrap(have)
         self._next += 1
 
     @property
@@ -142,11 +148,15 @@ class PackedUpdate:
         return self._next == len(self.sizes)
 
     def finish(self) -> None:
+        """Raises RequestError, or PlanError where two names of one tensor brought other values."""
         if not self.complete:
             raise RequestError(
                 f"{len(self.sizes) - self._next} of {len(self.sizes)} buckets never came",
                 next_step="send every bucket before finishing the update",
             )
+        for a, b in self.plan.must_equal:
+            if self._tied[a.name] != self._tied[b.name]:
+                raise differ(a.name, b.name)
         self._update.finish()
 
 

@@ -43,7 +43,7 @@ def check_equal(plan: LoadPlan, tensors: Tensors, written: Collection[str] = ())
             dtype = min(x.dtype, y.dtype, key=lambda d: d.itemsize)
             same = torch.equal(x.to(dtype), y.to(dtype))
         if a.dest != b.dest or not same:
-            raise _tied(a.name, b.name)
+            raise differ(a.name, b.name)
 
 
 def _value(
@@ -62,7 +62,7 @@ def check_filled(plan: LoadPlan, tensors: Tensors, filled: Mapping[Place, str]) 
     for name, place, source in _copies(plan, tensors):
         other = filled.get(_key(place), name)
         if other != name and not torch.equal(place, source.to(place.dtype)):
-            raise _tied(name, other)
+            raise differ(name, other)
 
 
 def places(plan: LoadPlan, tensors: Tensors) -> dict[Place, str]:
@@ -84,7 +84,8 @@ def _key(place: torch.Tensor) -> Place:
     return place.data_ptr(), tuple(place.shape), place.stride()
 
 
-def _tied(a: str, b: str) -> PlanError:
+def differ(a: str, b: str) -> PlanError:
+    """Of two names that are one tensor."""
     return PlanError(
         f"{a} and {b} are one tensor in the served model, "
         "and the update brings different values for them",
