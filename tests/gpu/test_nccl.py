@@ -13,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,13 @@ import torch
 from benchmarks import engines
 from benchmarks.ipc_gpu import their_source
 from tests.gpu.test_engine import _model
-from vllm_wt_plugin import TransferError, WeightSync, WeightSyncError
+from vllm_wt_plugin import (
+    NCCLWeightTransferEngine,
+    SparseWeightPatch,
+    TransferError,
+    WeightSync,
+    WeightSyncError,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -51,7 +58,8 @@ def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(models: dict[int, tuple[Any, Path]], log: Path) -> Iterator[str]:
     load = ("--load-format", "auto")  # the later one counts
-    with engines.server(models[0][1], "nccl", 8140, log, memory=0.2, gpus="1", args=load) as at:
+    backend = "sparse_nccl"  # the name that vLLM's sparse trainer asks for; it takes all of them
+    with engines.server(models[0][1], backend, 8140, log, memory=0.2, gpus="1", args=load) as at:
         engines.wait_ready(at, log)
         yield at
 
@@ -120,6 +128,81 @@ def test_vllms_own_trainer(
             engine.send_weights()
         check(url, models[seed][0], fresh[seed])
         engine.model_update_group.destroy()
+
+
+def patches(kind: Any, models: dict[int, tuple[Any, Path]]) -> list[Any]:
+    """All that makes seed 1 of seed 0."""
+    old, new = (models[seed][0].state_dict() for seed in (0, 1))
+    rows = ((n, t.reshape(-1), new[n].reshape(-1)) for n, t in old.items())
+    changed = ((n, (a != b).nonzero().reshape(-1).int(), b) for n, a, b in rows)
+    return [kind(n, i, b[i], tuple(new[n].shape)) for n, i, b in changed]
+
+
+def test_vllms_own_sparse_trainer(
+    url: str, models: dict[int, tuple[Any, Path]], fresh: dict[int, list[int]], log: Path
+) -> None:
+    from vllm.distributed.weight_transfer import sparse_nccl_engine as theirs
+    from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+    from vllm.utils.network_utils import get_open_port
+
+    with WeightSync(url) as sync:
+        sync.push(models[0][0])
+    info = theirs.SparseNCCLTrainerInitInfo(
+        rank=0, master_address="127.0.0.1", master_port=get_open_port(), world_size=2
+    )
+    with explained(log):
+        engine = theirs.SparseNCCLTrainerWeightTransferEngine.trainer_init(
+            info, client=HTTPVLLMWeightSyncClient(url)
+        )
+        engines.check_pynccl(engine.model_update_group)
+        engine.send_weights(patches(theirs.SparseWeightPatch, models))
+    check(url, models[1][0], fresh[1])
+    engine.shutdown()
+
+
+def test_the_engine_api(
+    url: str, models: dict[int, tuple[Any, Path]], fresh: dict[int, list[int]]
+) -> None:
+    """`NCCLWeightTransferEngine` of this package: the trainer's end, dense, packed and sparse."""
+    from vllm.utils.network_utils import get_open_port
+
+    where = {"master_address": "127.0.0.1", "master_port": get_open_port(), "world_size": 2}
+
+    def post(path: str, body: Any = None) -> None:
+        answer = requests.post(f"{url}/{path}", json=body, timeout=120)
+        assert answer.status_code == 200, answer.text
+
+    def update(info: dict[str, Any], send: Callable[[], None]) -> None:
+        post("start_weight_update")
+        with ThreadPoolExecutor(1) as beside:
+            asked = beside.submit(post, "update_weights", {"update_info": info})
+            send()
+            asked.result()
+        post("finish_weight_update")
+
+    engine = NCCLWeightTransferEngine
+    with ThreadPoolExecutor(1) as beside:
+        body = {"init_info": where | {"rank_offset": 1}}
+        asked = beside.submit(post, "init_weight_transfer_engine", body)
+        group = engine.trainer_init(where)
+        asked.result()
+    for seed, packed in ((1, {}), (0, {"packed": True, "packed_buffer_size_bytes": 8 << 20})):
+        tensors = models[seed][0].state_dict()
+        info = {
+            "names": list(tensors), "shapes": [list(t.shape) for t in tensors.values()],
+            "dtype_names": [str(t.dtype).split(".")[-1] for t in tensors.values()],
+        }  # fmt: skip
+        rows = tensors.items()
+        update(info | packed, lambda: engine.trainer_send_weights(rows, group=group, **packed))  # noqa: B023
+        check(url, models[seed][0], fresh[seed])
+    given = patches(SparseWeightPatch, models)
+    info |= {
+        "names": [p.name for p in given], "update_kind": "sparse_flat",
+        "num_updates_list": [p.values.numel() for p in given],
+    }  # fmt: skip
+    update(info, lambda: engine.trainer_send_sparse_weights(given, {"group": group}))
+    check(url, models[1][0], fresh[1])
+    group.destroy()
 
 
 def _status(url: str) -> str:
