@@ -104,6 +104,7 @@ class NotJoined(TransferError):
 
 class ServerUnreachable(WeightSyncError):
     status = 502
+    heard = False  # it was sent the request, and may yet do what it says
 
 
 class UnsupportedVLLM(WeightSyncError):

@@ -6,6 +6,7 @@ held the last push were sent changes alone.
 
 from __future__ import annotations
 
+import socket
 from collections.abc import Iterator
 from typing import Any
 
@@ -17,12 +18,14 @@ from tests.unit.test_session import Trainer, Worker
 from tests.unit.toys import same_bits
 from vllm_wt_plugin.errors import (
     EngineDirty,
+    HandleError,
     PlanError,
     RequestError,
     ServerUnreachable,
     VersionMismatch,
 )
 from vllm_wt_plugin.trainer import sync as module
+from vllm_wt_plugin.trainer.client import HTTPClient
 from vllm_wt_plugin.trainer.sync import WeightSync
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
@@ -42,12 +45,23 @@ class Replica:
         self.worker = Worker()
         self.worker.session.known.keeps_shadow = True
         self.sparse: list[bool] = []  # of every push that arrived
+        self.stopped, self.late = False, []
 
     def push(self, request: msg.PushRequest | PatchPush) -> exchange.Outcome:
         self._reach()
+        if self.stopped:
+            self.late.append(request)
+            error = ServerUnreachable("no answer in time", where=self.name)
+            error.heard = True
+            raise error
         done = exchange.run(exchange.push(request), self._perform)
         self.sparse.append(isinstance(request, PatchPush))
         return done
+
+    def go_on(self) -> None:
+        """Do what came while it was stopped."""
+        for request in self.late:
+            exchange.run(exchange.push(request), self._perform)
 
     def _perform(self, action: exchange.Action) -> Any:
         match action:
@@ -234,3 +248,38 @@ def test_dirty_weights_are_healed_by_the_next_push_whatever_its_mode(run: Run) -
         run.replicas[0].worker.session.state().check_resumable()
     run.push()
     assert run.all_serve()
+
+
+# ---- a server that answers too late ---------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_a_push_is_not_done_later_than_the_trainer_waits(run: Run, mode: Any) -> None:
+    """It would take what the trainer fills the memory with meanwhile, for others."""
+    one, two = run.replicas
+    for _ in range(2):
+        run.push(mode)
+    held = {n: t.clone() for n, t in run.tensors.items()}
+    two.stopped = True
+    with pytest.raises(ServerUnreachable):
+        run.push(mode)
+    run.sync.remove("two")
+    run.push(mode)
+    assert one.serves(run.tensors, "4")
+    with pytest.raises(HandleError, match="is gone"):
+        two.go_on()
+    assert two.serves(held, "2")
+
+
+def test_an_http_client_knows_whether_its_request_was_heard() -> None:
+    """Where nobody listens it was not; where somebody does and is silent it was."""
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        for listening in (False, True):
+            if listening:
+                silent.listen()
+            client = HTTPClient(f"http://127.0.0.1:{silent.getsockname()[1]}", timeout_s=0.2)
+            with pytest.raises(ServerUnreachable) as failed:
+                client.post("/push_weights", {})
+            assert failed.value.heard is listening
+            client.close()

@@ -93,14 +93,16 @@ class ActorClient:
                 answer, payload = ray.get(reply, timeout=left), b""
         except ray.exceptions.RayError as exc:
             lines = [line for line in str(exc).strip().splitlines() if line.strip()]
-            raise ServerUnreachable(
+            error = ServerUnreachable(
                 f"{what}: {type(exc).__name__}: {lines[-1].strip() if lines else ''}",
                 where=self.name,
                 next_step="see whether the actor lives and is free, and has this package installed",
-            ) from exc
+            )
+            error.heard = isinstance(exc, ray.exceptions.GetTimeoutError)
+            raise error from exc
         said = msgspec.msgpack.decode(answer)
         if "error" in said:
-            error: WeightSyncError = from_dict(said["error"])
-            error.where = f"{self.name}{': ' if error.where else ''}{error.where}"
-            raise error
+            refused: WeightSyncError = from_dict(said["error"])
+            refused.where = f"{self.name}{': ' if refused.where else ''}{refused.where}"
+            raise refused
         return said["ok"]

@@ -153,11 +153,13 @@ class HTTPClient:
                 extensions={"timeout": self._timeout},
             )
         except httpcore.TimeoutException as exc:
-            raise ServerUnreachable(
+            error = ServerUnreachable(
                 f"no answer in time to {method} {path} ({type(exc).__name__})",
                 where=self.name,
                 next_step="look at the server's log; raise timeout_s if it is only slow",
-            ) from exc
+            )
+            error.heard = isinstance(exc, httpcore.ReadTimeout)
+            raise error from exc
         except (httpcore.NetworkError, httpcore.ProtocolError) as exc:
             raise ServerUnreachable(
                 f"{method} {path}: {exc or type(exc).__name__}",

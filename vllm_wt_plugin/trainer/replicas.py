@@ -63,6 +63,11 @@ def culprits(errors: Mapping[str, WeightSyncError]) -> set[str]:
     return lost or {n for n, e in errors.items() if not isinstance(e, TransferError)}
 
 
+def overdue(error: WeightSyncError | None) -> bool:
+    """Whether the replica may yet do what it was sent, with the memory that it was shown."""
+    return isinstance(error, ServerUnreachable) and error.heard
+
+
 def shared(
     names: Iterable[str], errors: Mapping[str, WeightSyncError], own: WeightSyncError | None
 ) -> dict[str, WeightSyncError]:

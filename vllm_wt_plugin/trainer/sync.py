@@ -25,7 +25,7 @@ from vllm_wt_plugin.trainer.client import Client, LLMClient, client_for
 from vllm_wt_plugin.trainer.listing import Lister, Listing
 from vllm_wt_plugin.trainer.meeting import GroupOptions
 from vllm_wt_plugin.trainer.packed import PackedSender, PackedSenders
-from vllm_wt_plugin.trainer.replicas import GRACE_S, culprits
+from vllm_wt_plugin.trainer.replicas import GRACE_S, culprits, overdue
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
 from vllm_wt_plugin.trainer.source import gathers
 from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
@@ -255,8 +255,9 @@ class WeightSync:
         outcomes = list((self._pool.map if several else map)(one, clients))
         if len(clients) == len(self._clients) and all(o.error is None for o in outcomes):
             self._exporter.retire()  # nobody reads an earlier registration any more
-        if any(isinstance(o.error, HandleError) for o in outcomes):
-            self._last = None  # the shared memory is gone: the next push shares it anew
+        if any(isinstance(o.error, HandleError) or overdue(o.error) for o in outcomes):
+            # It is gone, or a server may read it later than we wait: the next push shares it anew.
+            self._last = None
             self._exporter.forget()
         now = time.perf_counter()
         seconds = {

@@ -22,6 +22,7 @@ from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Changes, Cost, Snapshot
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.patching import PatchSender
+from vllm_wt_plugin.trainer.replicas import overdue
 from vllm_wt_plugin.trainer.report import ReplicaOutcome
 from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.wire.exchange import Outcome
@@ -113,6 +114,9 @@ class Tracker:
         outcomes |= {
             n: ReplicaOutcome(name=n, error=e) for n, e in errors.items() if isinstance(e, FINAL)
         }
+        if any(overdue(e) for e in errors.values()):
+            self._sender.close()  # its buffer may be read later than we wait
+            self._sender = None
         self._changes = changes
         now = time.perf_counter()
         seconds = {"diff": compared - start, "pack": loaded - compared, "request": now - loaded}
