@@ -51,7 +51,8 @@ class Model:
 class Ledger:
     """Versions that were begun, and that each server is known to have taken: by the trainer's word.
 
-    `life` of a server: how often it was killed. Its first weights are version 0, named "default".
+    `life` of a server counts its kills, and its starts thereafter: odd while it is down. Its first
+    weights are version 0, named "default".
     """
 
     def __init__(self, urls: Sequence[str]) -> None:
@@ -75,10 +76,16 @@ class Load:
         await asyncio.gather(*(self._client(u, i) for i, u in enumerate(urls)))
 
     async def _client(self, url: str, number: int) -> None:
-        async with httpx.AsyncClient(timeout=150, trust_env=False) as http:
+        # A connection for each request: a server that was stopped closes idle ones when it goes
+        # on, with the request that has come meanwhile unread.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        async with httpx.AsyncClient(timeout=150, limits=limits, trust_env=False) as http:
             turn = 0
             while not self._end.is_set():
                 turn += 1
+                if self.ledger.life[url] % 2:
+                    await asyncio.sleep(0.1)
+                    continue
                 await self._one(http, url, [number + 5, turn % 250 + 5, turn // 250 + 5])
 
     async def _one(self, http: httpx.AsyncClient, url: str, prompt: list[int]) -> None:
@@ -133,7 +140,7 @@ class Load:
         self.flaws.append(f"{kind}: {text}")
 
     def figures(self) -> dict[str, Any]:
-        return {"lost": 0, "mixed": 0, **self.counts, "flaws": self.flaws[:20]}
+        return {"lost": 0, "mixed": 0, **self.counts, "flaws": sorted(set(self.flaws))[-30:]}
 
     def __enter__(self) -> Self:
         self._thread.start()

@@ -202,7 +202,7 @@ def right(held: trainer.Trainer, patched: str) -> dict[str, Json]:
 # ---- the drill --------------------------------------------------------------------------------
 
 FORMS = ["short", pytest.param("long", marks=pytest.mark.drill)]
-EXAMPLES = {"short": 8, "long": 600}
+EXAMPLES = {"short": 8, "long": 100}
 
 
 @contextmanager

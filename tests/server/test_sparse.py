@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,11 @@ from typing import Any
 import pytest
 import torch
 
+from tests.drills.load import Model, says
 from tests.support import models
 from tests.support.offline import ask_server, differences
 from tests.support.server import Server
-from vllm_wt_plugin import WeightSync
+from vllm_wt_plugin import ServerUnreachable, WeightSync
 
 pytestmark = pytest.mark.server
 
@@ -66,3 +68,41 @@ def test_twenty_steps(
         sparse = ask_server(server)
         sync.push(model)
         assert not differences(ask_server(server), sparse)
+
+
+@pytest.mark.full
+def test_a_server_that_restarts_amid_a_run(checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """It gets everything once and changes from then on; the other one changes all along."""
+    servers = [
+        Server(checkpoint("qwen3", 1), tmp_path / f"{i}.log", env={"WT_CPU_INPLACE": "1"})
+        for i in range(2)
+    ]
+    model = Model()
+
+    def push(version: int) -> list[str]:
+        """What each server says that it took."""
+        model.become(version)
+        sync.push(model.tensors, version, mode="sparse")
+        last = [s.status()["last_push"] for s in servers]
+        assert [x["version"] for x in last] == [str(version)] * 2
+        return [x["kind"] for x in last]
+
+    with servers[0] as stays, servers[1] as restarts:
+        with WeightSync([s.url for s in servers]) as sync:
+            assert push(1) == ["dense", "dense"]
+            assert push(2) == ["sparse", "sparse"]
+            restarts.signal(signal.SIGKILL)
+            model.become(3)
+            with pytest.raises(ServerUnreachable) as failed:
+                sync.push(model.tensors, 3, mode="sparse")
+            assert [r.error is None for r in failed.value.report.replicas] == [True, False]
+            assert stays.status()["last_push"]["kind"] == "sparse"
+            restarts.start()
+            assert push(4) == ["sparse", "dense"]
+            assert push(5) == ["sparse", "sparse"]
+            found = sync.verify()
+        assert found.ok
+        assert not any(found.unseen.values())
+        said = [s.complete([5, 6, 7], return_token_ids=True).json()["choices"][0] for s in servers]
+    assert set(said[0]["token_ids"]) <= set(says(5))
+    assert said[0]["token_ids"] == said[1]["token_ids"]

@@ -104,6 +104,13 @@ class Server:
             os.killpg(pid, signal.SIGKILL)
         self.process.join(20)
 
+    def signal(self, number: int) -> None:
+        """To the whole group. After SIGKILL, `start` brings it back at the same address."""
+        assert self.process.pid is not None
+        os.killpg(self.process.pid, number)
+        if number == signal.SIGKILL:
+            self.process.join(20)
+
     def __enter__(self) -> Self:
         return self.start()
 
