@@ -7,6 +7,7 @@ import json
 import platform
 import statistics as st
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -48,8 +49,10 @@ class Result:
         shown = {n: p["median"] for n, p in self.phases[row].items()}
         print(f"phases of {row}: {shown}", flush=True)
 
-    def write(self, folder: Path) -> Path:
-        """`<date>-<name>.json` and `.png` in `folder`."""
+    def write(
+        self, folder: Path, draw: Callable[[dict[str, Any], Path], None] | None = None
+    ) -> Path:
+        """`<date>-<name>.json` and `.png` in `folder`; `draw`: another chart than bars."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / f"{datetime.date.today()}-{self.name}.json"
         data = {
@@ -59,7 +62,7 @@ class Result:
             "phases_ms": self.phases, "rounds_ms": self.rows,
         }  # fmt: skip
         path.write_text(json.dumps(data, indent=1))
-        chart(data, path.with_suffix(".png"))
+        (draw or chart)(data, path.with_suffix(".png"))
         return path
 
 

@@ -54,3 +54,14 @@ def test_metrics_are_vllms_own(server: Server) -> None:
     assert 'vllm_wt_state{state="IDLE"} 1.0' in text
     assert 'vllm_wt_pushes_total{kind="dense"}' in text
     assert "vllm:num_requests_running" in text
+
+
+@pytest.mark.full
+def test_the_benchmark() -> None:
+    """One small model, one round: an engine in a process, and the bits of both ways."""
+    code, found = run("bench", "--sizes", "2M", "--rounds", "1")
+    assert (code, found["ok"]) == (0, True), found
+    (one,) = found["sizes"]
+    assert one["processed"] == 0
+    assert len(one["rows"]) == 6
+    assert all(len(ms) == 1 and ms[0] > 0 for ms in one["rows"].values())

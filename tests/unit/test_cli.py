@@ -19,8 +19,9 @@ from typer.testing import CliRunner
 
 from tests.unit.test_session import Trainer
 from tests.unit.toy_server import ToyEngine, ToyServer
+from vllm_wt_plugin import bench as core
 from vllm_wt_plugin.cli import app as module
-from vllm_wt_plugin.cli import doctor, push, selftest, serve
+from vllm_wt_plugin.cli import bench, doctor, push, selftest, serve
 from vllm_wt_plugin.cli.app import app
 from vllm_wt_plugin.cli.exits import Exit, exit_of
 from vllm_wt_plugin.errors import BY_CODE, RequestError
@@ -278,6 +279,49 @@ def test_doctor_says_that_a_token_is_missing() -> None:
     with ToyServer(ToyEngine(), AccessPolicy.from_env({"WT_TOKEN": "t0ken"}, [])) as server:
         state, _, step = findings(server.url)[f"{server.url} token"]
         assert (state, "WT_TOKEN" in step) == ("problem", True)
+
+
+# ---- bench ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "number"), [("10M", 10**7), ("1b", 10**9), ("1.5M", 1_500_000), ("2000000", 2 * 10**6)]
+)
+def test_bench_reads_sizes(size: str, number: int) -> None:
+    assert bench.parameters(size) == number
+
+
+@pytest.mark.parametrize("size", ["", "M", "10", "-1M", "10MB", "1000B"])
+def test_bench_refuses_what_is_no_size(size: str) -> None:
+    code, said = ask("bench", "--sizes", f"10M,{size}")
+    assert (code, "no model size" in said["error"]) == (Exit.REFUSED, True)
+
+
+def test_bench_needs_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda _: None)
+    code, said = ask("bench")
+    assert (code, said["code"]) == (Exit.FAILED, "UnsupportedVLLM")
+
+
+def test_bench_makes_models_of_about_that_size() -> None:
+    for size in (10**7, 10**8, 10**9):
+        c = core.config(size)
+        h = c["hidden_size"]
+        heads = (2 * c["num_attention_heads"] + 2 * c["num_key_value_heads"]) * c["head_dim"]
+        layer = h * heads + 3 * h * c["intermediate_size"]
+        made = c["num_hidden_layers"] * layer + 2 * c["vocab_size"] * h
+        assert made == pytest.approx(size, rel=0.15)
+
+
+def test_bench_compares_within_rounds() -> None:
+    """A round in which the machine was busy says the same as the others."""
+    rows = {
+        core.COPY: [1.0, 10.0, 1.0],
+        core.DENSE: [2.0, 20.0, 2.0],
+        core.RELOAD: [8.0, 80.0, 8.0],
+    }
+    table = bench.lines({"rows": rows})
+    assert table[1] == (core.DENSE, "2.00", "2.00", "4.00")
 
 
 # ---- the whole ------------------------------------------------------------------------------

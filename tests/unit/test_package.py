@@ -45,9 +45,10 @@ MAY_IMPORT = {
         ".errors", ".wire", ".sparse", ".transport", ".trainer", ".compat", "._pynccl", "torch",
         "msgspec", "ray",
     },
+    "bench.py": {".trainer.sync", "torch", "transformers", "vllm"},
     "cli/*": {
-        ".errors", ".wire", ".transport", ".trainer", ".server.access", ".cli", "torch", "msgspec",
-        "typer", "rich",
+        ".bench", ".errors", ".wire", ".transport", ".trainer", ".server.access", ".cli", "torch",
+        "msgspec", "typer", "rich",
     },
     "server/*": {
         ".errors", ".wire", ".server", "._vllm", "._version", "msgspec", "fastapi", "starlette",
@@ -74,8 +75,7 @@ MAY_IMPORT = {
 # Only these know vLLM; of them only _vllm.py what differs between versions.
 KNOW_VLLM = {
     "_pynccl.py", "_version.py", "_vllm.py", "worker/engine.py", "worker/register.py",
-    "worker/cpu_inplace.py",
-    "worker/core.py", "worker/lifecycle.py",
+    "worker/cpu_inplace.py", "worker/core.py", "worker/lifecycle.py", "bench.py",
 }  # fmt: skip
 HEAVY = {"vllm", "triton", "fastapi", "starlette", "safetensors", "transformers", "ray"}
 

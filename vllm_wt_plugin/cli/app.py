@@ -195,3 +195,28 @@ def doctor(
         show.table("", ("what", "is", "found", "what to do"), findings)
     if not looking.healthy(findings):
         show.leave(Exit.FOUND)
+
+
+@app.command()
+def bench(
+    sizes: Annotated[str, typer.Option(help="Parameters of the models to make.")] = "10M,100M",
+    rounds: Annotated[int, typer.Option(min=1, max=1000, help="Of each, beside a first one.")] = 5,
+    json_: Json = False,
+) -> None:
+    """Time pushes beside vLLM's own reload of the same tensors and a bare copy, on this CPU. Exit
+    code 1 if an engine did not hold the trainer's bits."""
+    from vllm_wt_plugin.cli import bench as measuring
+
+    found = []
+    with show.errors(json_):
+        for size in [measuring.parameters(s) for s in sizes.split(",")]:
+            found.append(measuring.measure(size, rounds))
+            if not json_:
+                one = found[-1]
+                title = f"{one['parameters']:,} parameters, {show.size(one['bytes'])}"
+                columns = ("what", "ms", "x memcpy", "x faster than vLLM")
+                show.table(title, columns, measuring.lines(one))
+    if json_:
+        show.as_json({"ok": all(f["same"] for f in found), "sizes": found})
+    if not all(f["same"] for f in found):
+        show.leave(Exit.FOUND)

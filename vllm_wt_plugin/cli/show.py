@@ -60,7 +60,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> 
     """Numbers to the right; states in their colours."""
     shown = Table(title=title, title_justify="left", header_style="bold")
     for name in columns:
-        right = name in ("bytes", "seconds", "GB/s", "changed", "world")
+        right = name in ("bytes", "seconds", "GB/s", "changed", "world") or name.startswith(
+            ("ms", "x ")
+        )
         shown.add_column(
             name,
             justify="right" if right else "left",
