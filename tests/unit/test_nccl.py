@@ -377,6 +377,11 @@ class TheirTrainer:
         assert response.status_code == 200, response.text
 
     def send(self, tensors: dict[str, torch.Tensor], *, named: bool = True) -> None:
+        self.post("start_weight_update")
+        self.update(tensors, named=named)
+        self.post("finish_weight_update", {"weight_version": "theirs"})
+
+    def update(self, tensors: dict[str, torch.Tensor], *, named: bool = True) -> None:
         info = {"names": [], "dtype_names": [], "shapes": []}
         if named:
             info = {
@@ -384,7 +389,6 @@ class TheirTrainer:
                 "dtype_names": [str(t.dtype).split(".")[-1] for t in tensors.values()],
                 "shapes": [list(t.shape) for t in tensors.values()],
             }
-        self.post("start_weight_update")
         with ThreadPoolExecutor(1) as beside:
             asked = beside.submit(self.post, "update_weights", {"update_info": info})
             if self.packed:
@@ -395,7 +399,6 @@ class TheirTrainer:
                 pending = self.group.broadcast(part, 20)
                 assert until(pending.done)
             asked.result()
-        self.post("finish_weight_update", {"weight_version": "theirs"})
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -405,6 +408,28 @@ def test_vllms_own_trainer(pair: list[ToyReplica], packed: bool) -> None:
     assert pair[1].serves(3, "theirs")
     trainer.send(weights(2), named=False)  # as last time
     assert pair[1].serves(2, "theirs")
+    trainer.group.close()
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_vllms_own_trainer_may_send_an_update_in_parts(
+    pair: list[ToyReplica], packed: bool
+) -> None:
+    trainer = TheirTrainer(pair[1], packed=packed)
+    for seed in (3, 2):
+        rows = list(weights(seed).items())
+        trainer.post("start_weight_update")
+        for part in rows[:3], rows[3:-1], rows[-1:]:
+            trainer.update(dict(part))
+        trainer.post("finish_weight_update", {"weight_version": f"parts of {seed}"})
+        assert pair[1].serves(seed, f"parts of {seed}")
+    trainer.post("start_weight_update")
+    trainer.update(dict(rows[:3]))
+    response = trainer.http.post("/finish_weight_update", json={})
+    assert "no name covers" in response.text
+    assert pair[1].status()["state"] == "DIRTY"
+    trainer.send(weights(3))
+    assert pair[1].serves(3, "theirs")
     trainer.group.close()
 
 

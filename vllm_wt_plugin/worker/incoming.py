@@ -15,11 +15,12 @@ from vllm_wt_plugin.wire.nccl import (
     Written,
     checked,
 )
-from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import WAIT_S, Link
 from vllm_wt_plugin.worker.open import Draft, Open
 from vllm_wt_plugin.worker.packed import PackedUpdate
+from vllm_wt_plugin.worker.parts import Part
 from vllm_wt_plugin.worker.patches import Arriving, patchable
 
 Verb = msg.Announce | msg.Bucket | Receive | ReceiveNamed | ReceivePatches | Progress | Written
@@ -45,8 +46,8 @@ class Incoming:
         if isinstance(verb, ReceivePatches):
             return self._patches(verb, open_, out)
         if isinstance(verb, ReceiveNamed):
-            verb = self._named(verb, open_, out)
-        packed, coming = open_.packed, open_.arriving or open_.packed
+            return self._named(verb, open_, out)
+        packed, coming = open_.packed, open_.arriving or open_.part or open_.packed
         if isinstance(verb, Progress) and coming is not None:
             return self._progress(coming, open_, out)
         if packed is None:
@@ -56,9 +57,7 @@ class Incoming:
                 open_.by("in buckets")
                 self._bucket(verb.index, packed, open_, out)
             case Receive():
-                open_.by("by broadcast")
-                self._link.receive(packed.memory, packed.sizes)
-                out.info["receiving"] = True
+                self._receive(packed, open_, out)
             case Written():
                 with out.timed("verify"):
                     out.info |= self._known.written(packed, verb.names)
@@ -73,25 +72,35 @@ class Incoming:
         names = checked(announced.specs, verb.verify, verb.round)
         open_.packed = PackedUpdate(announced, self._known.host, names)
 
-    def _named(self, verb: ReceiveNamed, open_: Open, out: Draft) -> Receive:
-        """What ours announce, from what vLLM's trainers say."""
+    def _receive(self, coming: PackedUpdate | Part, open_: Open, out: Draft) -> None:
+        open_.by("by broadcast")
+        self._link.receive(coming.memory, coming.sizes)
+        out.info["receiving"] = True
+
+    def _named(self, verb: ReceiveNamed, open_: Open, out: Draft) -> None:
+        """What ours announce, from what vLLM's trainers say: everything, or a part of it."""
         specs = verb.specs or self._last_named
         if not specs:
             raise RequestError("`names` is empty, and nothing was named before")
         if open_.packed is not None:
             raise RequestError(
-                "an update that is broadcast comes in one call",
-                next_step="name all tensors in one update_weights, or serve upstream_nccl",
+                "every tensor of the model has come already", next_step="finish the update"
             )
         self._link.expect(None)
-        announced, new = self._known.announced(
-            self._link.announcement(specs, verb.packed, verb.buffer_bytes), out.timed
-        )
+        announce = self._link.announcement(specs, verb.packed, verb.buffer_bytes)
+        if open_.parts or not self._known.complete(specs):
+            with out.timed("plan"):
+                check_specs(specs)
+                plan = self._known.plan(specs, complete=False)
+            out.report = plan.report
+            open_.part = Part.of(plan, announce, self._known.host.device)
+            return self._receive(open_.part, open_, out)
+        announced, new = self._known.announced(announce, out.timed)
         if new:
             out.report = announced.plan.report
         self._last_named = specs
         open_.packed = PackedUpdate(announced, self._known.host)
-        return Receive(verb.session)
+        return self._receive(open_.packed, open_, out)
 
     def _patches(self, verb: ReceivePatches, open_: Open, out: Draft) -> None:
         """Begin to receive, if these weights can take them; without values nothing will come."""
@@ -112,7 +121,7 @@ class Incoming:
             packed.receive()
             self._synchronize()
 
-    def _progress(self, coming: PackedUpdate | Arriving, open_: Open, out: Draft) -> None:
+    def _progress(self, coming: PackedUpdate | Part | Arriving, open_: Open, out: Draft) -> None:
         """Take what arrives within a moment, each bucket while the next one travels."""
         deadline = time.monotonic() + WAIT_S
         while not coming.complete and (left := deadline - time.monotonic()) > 0:
@@ -128,6 +137,8 @@ class Incoming:
                 here = self._link.complete(max(0.0, deadline - time.monotonic()))
         if here:
             with out.timed("copy"):
+                if isinstance(coming, Part):
+                    coming.take(self._known.host, open_)
                 self._synchronize()
             self._link.done()
         out.info["receiving"] = not here

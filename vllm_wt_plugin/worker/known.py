@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from vllm_wt_plugin.errors import HandleError, NoUpdate, UnknownRegistration
+from vllm_wt_plugin.errors import HandleError, NoUpdate, PlanError, UnknownRegistration
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration
@@ -102,6 +102,14 @@ class Known:
                 self._plans.popitem(last=False)
         self._plans.move_to_end(key)
         return self._plans[key]
+
+    def complete(self, specs: tuple[ParamSpec, ...]) -> bool:
+        """Whether these tensors are all that the model needs."""
+        try:
+            self.plan(specs, complete=True)
+        except PlanError:
+            return False  # what else is wrong with them, their own plan says
+        return True
 
     def patched(self, push: PatchPush) -> tuple[Patched, bool]:
         """What `push` names, and whether that took a new plan. Raises what is wrong with it."""

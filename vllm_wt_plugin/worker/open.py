@@ -17,6 +17,7 @@ from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.export import Attached
 from vllm_wt_plugin.worker.known import Registered
 from vllm_wt_plugin.worker.packed import PackedUpdate
+from vllm_wt_plugin.worker.parts import Part
 from vllm_wt_plugin.worker.patches import Arriving, PatchUpdate
 from vllm_wt_plugin.worker.plan.update import Place, Update
 
@@ -36,6 +37,7 @@ class Open:
     way: str = ""  # how its tensors come; one update, one way
     packed: PackedUpdate | None = None
     arriving: Arriving | None = None
+    part: Part | None = None  # the last one that was broadcast
     attached: Attached | None = None  # who writes in place
     update: Update | None = None  # a complete one, ready for commit
     parts: dict[str, ParamSpec] = field(default_factory=dict)  # of an unannounced update

@@ -131,7 +131,7 @@ class PackedUpdate:
             self._next += 1
             return
         memory = a.memory[index % len(a.memory)]
-        pieces = [(p, _rows(memory, p)) for p in a.buckets[index]]
+        pieces = [(p, rows_in(memory, p)) for p in a.buckets[index]]
         batch = self._update.receive_pieces(pieces, a.batches.get(index))
         if all(rows.data_ptr() == memory.data_ptr() + p.offset for p, rows in pieces):
             a.batches[index] = batch  # the next one of this index lies where this one does
@@ -160,7 +160,7 @@ class PackedUpdate:
         self._update.finish()
 
 
-def _rows(buffer: torch.Tensor, piece: Piece) -> torch.Tensor:
+def rows_in(buffer: torch.Tensor, piece: Piece) -> torch.Tensor:
     """The rows of a tensor that lie in a packed buffer."""
     data = buffer[piece.offset : piece.offset + piece.nbytes]
     dtype: torch.dtype = getattr(torch, piece.spec.dtype)

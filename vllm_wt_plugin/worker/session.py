@@ -31,10 +31,10 @@ from vllm_wt_plugin.worker.incoming import Incoming
 from vllm_wt_plugin.worker.known import Known
 from vllm_wt_plugin.worker.link import Link
 from vllm_wt_plugin.worker.open import Committed, Draft, Open
+from vllm_wt_plugin.worker.parts import apply_part, check_part
 from vllm_wt_plugin.worker.patches import PatchUpdate, open_patches
 from vllm_wt_plugin.worker.plan.host import Host
-from vllm_wt_plugin.worker.plan.plan import LoadPlan
-from vllm_wt_plugin.worker.plan.update import Update, check_equal, check_filled, places
+from vllm_wt_plugin.worker.plan.update import Update, check_equal
 from vllm_wt_plugin.worker.turn import Turn
 
 
@@ -195,8 +195,7 @@ class WorkerSession:
         with out.timed("wait"):  # for the trainer's memory: while the engine still serves
             self.known.importer.check_alive(verb.registration)
             self.known.importer.wait(held.registration)
-            check_equal(held.plan, held.tensors)
-            check_filled(held.plan, held.tensors, open_.filled)
+            check_part(open_, held.plan, held.tensors)
         open_.prepared = held
 
     def prepare_patches(self, verb: msg.PreparePatches, out: Draft) -> None:
@@ -228,7 +227,7 @@ class WorkerSession:
         with out.timed("copy"):
             open_.wrote = True
             if held.replay is None:
-                self._apply_part(open_, held.plan, held.tensors)
+                apply_part(self.known.host, open_, held.plan, held.tensors)
             else:
                 open_.update = Update(self.known.host, held.plan)
                 open_.update.receive_all(held.tensors, held.replay)
@@ -244,17 +243,6 @@ class WorkerSession:
         open_.by("in place")
         self._synchronize()  # the last step before the pause may still be reading
         open_.attached, open_.wrote = attached, True
-
-    def _apply_part(self, open_: Open, plan: LoadPlan, tensors: dict[str, torch.Tensor]) -> None:
-        """Copy what is a plain copy; hold the rest until every name is there."""
-        later = plan.computed_names
-        Update(self.known.host, plan).receive(
-            {n: t for n, t in tensors.items() if n not in later}, lasting=False
-        )
-        open_.held |= {n: tensors[n].clone() for n in later}
-        open_.written |= tensors.keys() - later
-        open_.filled |= places(plan, tensors)
-        open_.parts |= plan.specs
 
     def commit(self, verb: msg.Commit, out: Draft) -> None:
         open_ = self._mine(verb.session, out)
