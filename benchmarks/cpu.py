@@ -37,7 +37,7 @@ def main() -> None:
             },
         }
         claims(result, size, found)
-    print("WROTE", result.write(a.out, chart), flush=True)
+        print("WROTE", result.write(a.out, chart), flush=True)  # each time: a run takes long
 
 
 def claims(result: Result, size: str, found: dict[str, Any]) -> None:
