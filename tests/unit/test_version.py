@@ -56,6 +56,7 @@ def test_taken_on_cpu(vllm: SimpleNamespace, version: str) -> None:
 def test_refused_in_one_line(
     vllm: SimpleNamespace,
     caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
     version: str,
     cpu: bool,
     range_: str,
@@ -64,9 +65,26 @@ def test_refused_in_one_line(
     vllm.version, vllm.cpu = version, cpu
     with pytest.raises(UnsupportedVLLM, match=range_):
         _version.check()
+    monkeypatch.setenv("VLLM_PLUGINS", "other,wt")
     register()
     (record,) = caplog.records
     said = record.getMessage()
     assert said.startswith("vllm_wt_plugin is off, vLLM's own weight transfer stays in use: ")
     assert f"vLLM {version} is not supported{' on CPU' * cpu}" in said
     assert "\n" not in said
+
+
+@pytest.mark.usefixtures("vllm")
+@pytest.mark.parametrize("plugins", [None, "", "other", "wtx"])
+def test_without_its_name_it_does_nothing(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, plugins: str | None
+) -> None:
+    """Where VLLM_PLUGINS is unset, vLLM calls every general plugin."""
+    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
+    if plugins is not None:
+        monkeypatch.setenv("VLLM_PLUGINS", plugins)
+    monkeypatch.setattr(_version, "check", lambda: pytest.fail("it went on"))
+    caplog.set_level("INFO", "vllm.wt")
+    register()
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert "does not name wt" in caplog.text

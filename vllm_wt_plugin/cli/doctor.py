@@ -98,7 +98,7 @@ def plugin_list() -> Finding:
     given = os.environ.get("VLLM_PLUGINS")
     step = "start with `vllm-wt serve`, or VLLM_PLUGINS=wt (beside the names of other plugins)"
     if given is None:
-        return Finding("VLLM_PLUGINS", "note", "not set: routes load only where it names wt", step)
+        return Finding("VLLM_PLUGINS", "note", "not set: vLLM runs as without this plugin", step)
     if "wt" not in given.split(","):
         return Finding("VLLM_PLUGINS", "problem", f"{given!r} leaves wt out", step)
     return Finding("VLLM_PLUGINS", "ok", given)

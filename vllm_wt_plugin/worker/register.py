@@ -19,10 +19,17 @@ _STATUS = msg.encode_verbs(msg.Status())
 
 
 def register() -> None:
-    """Idempotent. Never raises: vLLM would not start; on failure its own backends stay."""
+    """Idempotent. Never raises: vLLM would not start; on failure its own backends stay.
+
+    Nothing unless VLLM_PLUGINS names `wt`: where it is unset vLLM loads every general plugin, but
+    no routes.
+    """
     from vllm.logger import init_logger
 
     logger = init_logger("vllm.wt")
+    if "wt" not in os.environ.get("VLLM_PLUGINS", "").split(","):
+        logger.info("vllm_wt_plugin is installed and not in use: VLLM_PLUGINS does not name wt")
+        return
     try:
         _register()
     # vLLM catches a plugin that cannot be imported, not one whose function raises.
