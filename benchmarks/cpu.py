@@ -63,7 +63,8 @@ def chart(data: dict[str, Any], path: Path) -> None:
     for row, color in zip(ROWS, colors, strict=True):
         left.plot(count, [medians[f"{s}: {row}"] for s in sizes], "o-", color=color, label=row)
     left.set(xscale="log", yscale="log", xlabel="parameters (bfloat16)", ylabel="ms (median)")
-    left.legend(fontsize=8, frameon=False)
+    left.set_ylim(top=left.get_ylim()[1] * 8)
+    left.legend(fontsize=8, frameon=False, ncols=2, loc="upper left")
     shades = plt.get_cmap("Blues")
     for i, s in enumerate(sizes):
         shares = [medians[f"{s}: {sparse(x)}"] / medians[f"{s}: {DENSE}"] for x in SHARES]
