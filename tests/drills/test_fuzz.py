@@ -107,7 +107,7 @@ def by_schema(target: Target, examples: int, seed: int) -> set[str]:
         modes = list(GenerationMode) if operation.body else [GenerationMode.POSITIVE]
         for mode in modes:
             case = operation.as_strategy(generation_mode=mode)
-            options(examples // len(modes), seed)(given(case=case)(ask))()
+            options(max(1, examples // len(modes)), seed)(given(case=case)(ask))()
     return paths
 
 

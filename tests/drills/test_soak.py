@@ -71,6 +71,7 @@ def soak(server: Server, pushes: int) -> dict[str, Any]:
     model, ledger = Model(), Ledger([server.url])
     modes = {"dense": 0, "sparse": 0}
     seen: list[Usage] = []
+    every = 1 + pushes // 100
     begun = time.monotonic()
     with WeightSync(server.url) as sync:
         sync.push(model.tensors, 0, mode="sparse")
@@ -84,7 +85,7 @@ def soak(server: Server, pushes: int) -> dict[str, Any]:
                 report = sync.push(model.tensors, version, mode=mode)
                 ledger.done[server.url] = version
                 modes["dense" if report.changed is None else "sparse"] += 1
-                if version % 5 == 0:
+                if version % every == 0:
                     seen.append(usage(server))
         clean = sync.verify()
     return {

@@ -136,9 +136,10 @@ def example(kind: Any) -> st.SearchStrategy[Any]:
         return st.dictionaries(example(args[0]), example(args[1]), max_size=3)
     if inspect.isclass(kind) and issubclass(kind, msgspec.Struct):
         hints = typing.get_type_hints(kind, include_extras=True)
-        return st.builds(
-            kind, **{f.name: example(hints[f.name]) for f in msgspec.structs.fields(kind)}
-        )
+        made = {f.name: example(hints[f.name]) for f in msgspec.structs.fields(kind)}
+        if kind is msg.StartBody:
+            made["is_checkpoint_format"] = st.just(True)  # there is no Literal[True] in msgspec
+        return st.builds(kind, **made)
     simple: dict[Any, st.SearchStrategy[Any]] = {
         int: st.integers(-(2**31), 2**31),
         str: st.text(max_size=5),
