@@ -156,16 +156,21 @@ class Offline:
 # ---- in the other process ------------------------------------------------------------------
 
 
-def _llm(model: str, tp: int) -> Any:
+def options(tp: int = 1, backend: str = "ipc") -> dict[str, Any]:
+    """What every engine here is made with, beside its model."""
+    return {
+        "weight_transfer_config": {"backend": backend}, "enforce_eager": True,
+        "max_model_len": 256, "dtype": "bfloat16", "tensor_parallel_size": tp,
+    }  # fmt: skip
+
+
+def engine(model: str, tp: int = 1) -> Any:
     from vllm import LLM
 
-    return LLM(
-        model=model, weight_transfer_config={"backend": "ipc"}, enforce_eager=True,
-        max_model_len=256, dtype="bfloat16", tensor_parallel_size=tp,
-    )  # fmt: skip
+    return LLM(model, **options(tp))
 
 
-def _ask(llm: Any) -> Answers:
+def ask(llm: Any) -> Answers:
     from vllm import SamplingParams
 
     out: Answers = []
@@ -209,12 +214,12 @@ def _push(llm: Any, sources: list[Any]) -> list[dict[str, Any]]:
 
     from vllm_wt_plugin import WeightSync
 
-    rows: list[dict[str, Any]] = [{"answers": _ask(llm), "report": None}]
+    rows: list[dict[str, Any]] = [{"answers": ask(llm), "report": None}]
     with WeightSync(llm) as sync:
         for source in sources:
             report = sync.push(source)
             plan = msgspec.to_builtins(report.replicas[0].plan)
-            rows.append({"answers": _ask(llm), "report": plan})
+            rows.append({"answers": ask(llm), "report": plan})
     return rows
 
 
@@ -235,14 +240,14 @@ def _lifecycle(llm: Any, folder: Path) -> dict[str, Any]:
 
         return str(LLMClient(llm).status()["state"])
 
-    said: dict[str, Any] = {"before": _ask(llm)}
+    said: dict[str, Any] = {"before": ask(llm)}
     llm.init_weight_transfer_engine({"init_info": {"packed": False}})
     said["draft"] = error(llm.start_draft_weight_update)
     said["too early"] = error(llm.update_weights, {"update_info": {}})
     llm.start_weight_update()
     said["nonsense"] = error(llm.update_weights, {"update_info": {"names": 5}})
     said["too late"] = error(llm.finish_weight_update)
-    said["after nonsense"], said["still"] = phase(), _ask(llm)
+    said["after nonsense"], said["still"] = phase(), ask(llm)
     with Exporter() as exporter:
         table, _ = exporter.register(as_source(folder))
         exporter.refresh()
@@ -261,17 +266,17 @@ def _lifecycle(llm: Any, folder: Path) -> dict[str, Any]:
     from vllm_wt_plugin.trainer.client import LLMClient
 
     said["workers"] = LLMClient(llm).status()["version"]
-    return said | {"after": _ask(llm), "version": llm.get_weight_version()}
+    return said | {"after": ask(llm), "version": llm.get_weight_version()}
 
 
 def _handle(request: dict[str, Any]) -> Any:
     # Before the engine: vLLM changes the classes of models that it runs by transformers' code.
     sources = [_source(how, path) for how, path in request.get("sources", [])]
-    llm = _llm(request["model"], request["tp"])
+    llm = engine(request["model"], request["tp"])
     try:
         if request["op"] == "lifecycle":
             return _lifecycle(llm, sources[0])
-        return _ask(llm) if request["op"] == "fresh" else _push(llm, sources)
+        return ask(llm) if request["op"] == "fresh" else _push(llm, sources)
     finally:
         shutdown = getattr(llm.llm_engine.engine_core, "shutdown", None)
         if shutdown is not None:
