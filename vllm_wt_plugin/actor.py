@@ -29,6 +29,7 @@ from vllm_wt_plugin.wire.replies import Held, held
 ASKED: dict[str, Any] = {
     "push": tuple[msg.PushRequest],
     "patch": tuple[PatchPush],
+    "broadcast": tuple[msg.BroadcastPush],
     "checksums": tuple[tuple[ParamSpec, ...]],
     "join": tuple[dict[str, Any]],
     "start": tuple[msg.StartBody],
@@ -96,7 +97,7 @@ def _call(client: Any, what: str, payload: bytes) -> Any:
         raise RequestError(f"nothing is called {what!r}", next_step="use the same version of this "
                            "package in the trainer and in the actor")  # fmt: skip
     args = msgspec.msgpack.decode(payload, type=ASKED[what])
-    return getattr(client, "push" if what == "patch" else what)(*args)
+    return getattr(client, "push" if what in ("patch", "broadcast") else what)(*args)
 
 
 async def _answered(engine: AsyncEngine, what: str, payload: bytes) -> bytes:
@@ -114,13 +115,20 @@ def _error(exc: Exception) -> bytes:
     return msgspec.msgpack.encode({"error": exchange.unexpected(exc).to_dict()})
 
 
+async def _stays() -> bool:
+    """Whether the trainer has gone away: Ray does not tell."""
+    return False
+
+
 class AsyncEngine:
     """An `AsyncLLM`, asked as a `trainer.client.Client` is; on the loop that it runs on."""
 
     def __init__(self, engine: Any) -> None:
         self._control = EngineControl(engine)
 
-    async def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
+    async def push(self, request: msg.Push) -> Outcome:
+        if isinstance(request, msg.BroadcastPush):
+            return await self._control.push_broadcast(request, _stays)
         if isinstance(request, PatchPush):
             request.check()
             if request.form == "broadcast":

@@ -49,7 +49,8 @@ def forked(target: Callable[..., None], *args: object) -> BaseProcess:
 
 
 class ToyReplica:
-    """`faults`: what it does once: `kill:N`, `stop:N` itself at bucket N; `flip:N` a bit of it."""
+    """`faults`: what it does once: `kill:N`, `stop:N` itself at bucket N; `flip:N` a bit of it;
+    `flip:N:M` only of the one that comes after M others of that number."""
 
     def __init__(self, *faults: str, world: int = 1) -> None:
         with socket.socket() as s:
@@ -185,12 +186,14 @@ def _app(core: _Core) -> Any:
 def _sabotage(fault: str) -> None:
     from vllm_wt_plugin.worker.packed import PackedUpdate
 
-    what, _, number = fault.partition(":")
-    receive, left = PackedUpdate.receive, [1]
+    what, number, *later = fault.split(":")
+    receive, left = PackedUpdate.receive, int(later[0]) if later else 0
 
     def bad(self: Any) -> None:
-        if self._next == int(number) and left:
-            left.clear()
+        nonlocal left
+        if self._next == int(number):
+            left -= 1
+        if self._next == int(number) and left == -1:
             if what == "flip":
                 self.memory[self._next % len(self.memory)][3] ^= 64
             else:

@@ -78,16 +78,17 @@ def test_a_replica_that_lacks_the_base_gets_everything(pair: list[ToyReplica]) -
 def test_a_flipped_bit_is_found_and_everything_is_sent(
     pair: list[ToyReplica], monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
-    send, answers = Broadcaster._send_patches, []
+    patch, answers = Broadcaster.patch, []
 
-    def flips(self: Any, meeting: Any, data: torch.Tensor, request: Any, clients: Any) -> Any:
-        places = layout(widths(request.specs), request.num_updates_list, request.whole)
-        data[places.sections[0].values_at if where == "a value" else places.whole_at[0]] ^= 4
-        answers.append(send(self, meeting, data, request, clients))
+    def flips(self: Any, patches: Any, clients: Any) -> Any:
+        push = patches.push
+        at = layout(widths(push.specs), push.num_updates_list, push.whole)
+        patches.data[at.sections[0].values_at if where == "a value" else at.whole_at[0]] ^= 4
+        answers.append(patch(self, patches, clients))
         return answers[-1]
 
     trainer = Trainer(2)
-    monkeypatch.setattr(Broadcaster, "_send_patches", flips)
+    monkeypatch.setattr(Broadcaster, "patch", flips)
     with connect(*pair) as sync:
         sync.push(trainer.tensors, version="v2", mode="sparse")
         sync.push(trainer.become(3), version="v3", mode="sparse")

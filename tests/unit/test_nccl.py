@@ -33,11 +33,14 @@ from vllm_wt_plugin import (
     RequestError,
     ServerUnreachable,
     TransferError,
+    UpdateInProgress,
     WeightSync,
 )
+from vllm_wt_plugin.trainer import broadcast
 from vllm_wt_plugin.trainer.source import MappingSource
 from vllm_wt_plugin.transport.backends import Member
 from vllm_wt_plugin.transport.group import join, listen
+from vllm_wt_plugin.transport.nccl import Sender
 from vllm_wt_plugin.transport.pynccl import ID_BYTES, UNNAMED, given, read_id
 from vllm_wt_plugin.wire.buckets import cut_as_vllm, size
 from vllm_wt_plugin.wire.nccl import SAMPLE, checked
@@ -64,11 +67,31 @@ def all_serve(replicas: list[ToyReplica], seed: int, version: str) -> bool:
 
 def test_one_broadcast_reaches_all_ranks_of_all_replicas(pair: list[ToyReplica]) -> None:
     with connect(*pair) as sync:
-        for seed in (2, 3, 2):
+        for i, seed in enumerate((2, 3, 2)):
             report = sync.push(weights(seed), version=f"v{seed}")
             assert all_serve(pair, seed, f"v{seed}")
+            # The first one announces; then each replica is asked once.
+            assert ("start" in report.seconds, "finish" in report.seconds) == (i == 0, i == 0)
         assert report.ok
         assert [r.version for r in report.replicas] == ["v2", "v2"]
+
+
+def test_replicas_meet_once(pair: list[ToyReplica], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever answers first."""
+    met = []
+
+    def counted(*args: Any) -> Any:
+        met.append(meet(*args))
+        return met[-1]
+
+    meet = broadcast.meet
+    monkeypatch.setattr(broadcast, "meet", counted)
+    with connect(*pair) as sync:
+        slow = sync._clients[0].status
+        sync._clients[0].status = lambda: time.sleep(0.2) or slow()  # type: ignore[method-assign]
+        for seed in (2, 3):
+            sync.push(weights(seed))
+    assert len(met) == 1
 
 
 @pytest.mark.parametrize(
@@ -188,6 +211,22 @@ def test_what_no_replica_can_take_is_refused_before_a_byte_moves(pair: list[ToyR
         assert all_serve(pair, 3, "v3")
 
 
+def test_a_replica_that_refuses_a_later_push_leaves_all_as_they_were(
+    pair: list[ToyReplica],
+) -> None:
+    """No bucket is sent before all of them have begun."""
+    with connect(*pair) as sync:
+        sync.push(weights(2), version="v2")
+        for refusing in pair:
+            refusing.http.post("/start_weight_update", json={"owner": "somebody"})
+            with pytest.raises(UpdateInProgress, match="somebody"):
+                sync.push(weights(3), version="v3")
+            refusing.http.post("/abort_weight_update", json={})
+            assert until(lambda: all_serve(pair, 2, "v2"))
+        sync.push(weights(3), version="v3")
+        assert all_serve(pair, 3, "v3")
+
+
 def test_a_port_that_is_taken(pair: list[ToyReplica]) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
@@ -284,9 +323,11 @@ def test_a_trainer_of_two_ranks(pair: list[ToyReplica]) -> None:
     assert all_serve(pair, 3, "sharded")
 
 
-@pytest.mark.parametrize("fault", ["kill:2", "stop:2"])
+@pytest.mark.parametrize("fault", ["kill:2", "stop:2", "kill:2:1", "stop:2:1"])
 def test_one_of_three_replicas_is_lost_in_the_middle(pair: list[ToyReplica], fault: str) -> None:
     with ToyReplica(fault) as third, connect(pair[0], third, pair[1], timeout_s=3.0) as sync:
+        if fault.endswith(":1"):  # of a later push
+            sync.push(weights(2), version="v2")
         with pytest.raises(ServerUnreachable) as caught:
             sync.push(weights(3))
         assert third.url in str(caught.value)
@@ -310,13 +351,40 @@ def test_a_lost_replica_is_left_out_where_that_is_asked_for(pair: list[ToyReplic
         assert all_serve(pair, 2, "v2")
 
 
-def test_a_flipped_bit_is_not_committed(pair: list[ToyReplica]) -> None:
-    with ToyReplica("flip:2") as third, connect(pair[0], third) as sync:
+@pytest.mark.parametrize("pushes", [0, 1])
+def test_a_sender_that_fails_in_the_middle(
+    pair: list[ToyReplica], monkeypatch: pytest.MonkeyPatch, pushes: int
+) -> None:
+    def breaks(self: Any, nbytes: int) -> None:
+        if self._begun == 5:
+            raise TransferError("out of luck")
+        send(self, nbytes)
+
+    send = Sender.send
+    with connect(*pair) as sync:
+        for _ in range(pushes):
+            sync.push(weights(2), version="v2")
+        with monkeypatch.context() as m:
+            m.setattr(Sender, "send", breaks)
+            with pytest.raises(TransferError, match="out of luck"):
+                sync.push(weights(3), version="v3")
+        assert until(lambda: all(r.status()["state"] == "DIRTY" for r in pair))
+        sync.push(weights(3), version="v3")
+        assert all_serve(pair, 3, "v3")
+
+
+@pytest.mark.parametrize("later", [0, 1])
+def test_a_flipped_bit_is_not_committed(pair: list[ToyReplica], later: int) -> None:
+    """In the first push, or one that is a request; the other replica has the new weights."""
+    with ToyReplica(f"flip:2:{later}") as third, connect(pair[0], third, verify="full") as sync:
+        for seed in [2] * later:
+            sync.push(weights(seed), version="v2")
         with pytest.raises(TransferError, match="checksum of 1 tensors") as caught:
             sync.push(weights(3), version="v3")
         assert [r.error is None for r in caught.value.report.replicas] == [True, False]
+        assert pair[0].serves(3, "v3")
         status = third.status()
-        assert (status["state"], status["version"]) == ("DIRTY", "default")
+        assert (status["state"], status["version"]) == ("DIRTY", "v2" if later else "default")
         assert "checksum" in status["reason"]
         sync.push(weights(2), version="v2")
         assert all_serve([pair[0], third], 2, "v2")

@@ -559,7 +559,7 @@ def test_verbs_are_as_strict_as_bodies(verb: dict[str, Any]) -> None:
 
 def test_replies() -> None:
     reply = msg.Reply(1, msg.State("IDLE", "7"), report=msg.PlanReport(tensors=3))
-    assert msg.reply_from(msgspec.to_builtins(reply)) == reply
+    assert msgspec.convert(msgspec.to_builtins(reply), msg.Reply) == reply
 
 
 @pytest.mark.parametrize(

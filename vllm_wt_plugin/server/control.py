@@ -18,7 +18,7 @@ from vllm_wt_plugin.errors import (
     from_dict,
 )
 from vllm_wt_plugin.server.metrics import metrics
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.patches import PatchPush
@@ -91,14 +91,33 @@ class EngineControl:
         return name
 
     async def receive(
+        self, steps: exchange.Steps, session: str, gone: Callable[[], Awaitable[bool]]
+    ) -> exchange.Outcome:
+        """Take a broadcast; ended when the trainer who waits for it is `gone`."""
+        return await self._until_gone(self._in_turn(steps), session, gone)
+
+    async def push_broadcast(
+        self, push: msg.BroadcastPush, gone: Callable[[], Awaitable[bool]]
+    ) -> exchange.Outcome:
+        """A whole update that is broadcast: its two ends in one call of an idle core each."""
+        push.check()
+        return await self._until_gone(self._push_broadcast(push), push.start.session, gone)
+
+    async def _push_broadcast(self, push: msg.BroadcastPush) -> exchange.Outcome:
+        start, finish = push.start, push.finish
+        opened = await self._at_once_in_turn("weight_start", start, exchange.start(start))
+        came = await self._in_turn(broadcast.receive(start.session, broadcast.together(push)))
+        done = await self._at_once_in_turn("weight_finish", finish, exchange.finish(finish))
+        return broadcast.in_all(done, opened, came)
+
+    async def _until_gone(
         self,
-        steps: exchange.Steps,
+        call: Coroutine[Any, Any, exchange.Outcome],
         session: str,
         gone: Callable[[], Awaitable[bool]],
         period_s: float = 0.5,
     ) -> exchange.Outcome:
-        """Take a broadcast; ended when the trainer who waits for it is `gone`."""
-        task = self._spawn(self._record(self._in_turn(steps)))
+        task = self._spawn(self._record(call))
         while not (await asyncio.wait({task}, timeout=period_s))[0]:
             if await gone():
                 reason = "the trainer has gone away"

@@ -14,6 +14,7 @@ from vllm_wt_plugin.wire.patches import PatchPush
 BODIES: dict[str, type[msgspec.Struct]] = {
     "/push_weights": msg.PushRequest,
     "/push_patches": PatchPush,
+    "/push_broadcast": msg.BroadcastPush,
     "/weight_checksums": msg.NamesBody,
     "/init_weight_transfer_engine": msg.InitBody,
     "/start_weight_update": msg.StartBody,

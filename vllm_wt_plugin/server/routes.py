@@ -37,6 +37,7 @@ Handler = Callable[[Request, EngineControl], Awaitable[dict[str, Any]]]
 
 _push = msgspec.json.Decoder(msg.PushRequest)
 _patches = msgspec.json.Decoder(PatchPush)
+_broadcast = msgspec.json.Decoder(msg.BroadcastPush)
 _names = msgspec.json.Decoder(msg.NamesBody)
 _init = msgspec.json.Decoder(msg.InitBody)
 _start = msgspec.json.Decoder(msg.StartBody)
@@ -62,6 +63,12 @@ async def push_patches(request: Request, control: EngineControl) -> dict[str, An
         return _told(await control.push(body))
     steps = broadcast.push_patches(body)
     return _told(await control.receive(steps, body.session, request.is_disconnected))
+
+
+async def push_broadcast(request: Request, control: EngineControl) -> dict[str, Any]:
+    """A whole dense update through the trainer's group: start, receive and finish in one."""
+    body = msg.decode(_broadcast, await request.body())
+    return _told(await control.push_broadcast(body, request.is_disconnected))
 
 
 async def weight_checksums(request: Request, control: EngineControl) -> dict[str, Any]:
@@ -206,6 +213,7 @@ def _told(result: exchange.Outcome | Held) -> dict[str, Any]:
 ROUTES: dict[tuple[str, str], Handler] = {
     ("POST", "/push_weights"): push_weights,
     ("POST", "/push_patches"): push_patches,
+    ("POST", "/push_broadcast"): push_broadcast,
     ("POST", "/weight_checksums"): weight_checksums,
     ("POST", "/init_weight_transfer_engine"): init_weight_transfer_engine,
     ("POST", "/start_weight_update"): start_weight_update,

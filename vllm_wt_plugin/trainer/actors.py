@@ -17,6 +17,7 @@ from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import Held
 
 POLL_S = 0.001
+_PUSHES = {msg.PushRequest: "push", PatchPush: "patch", msg.BroadcastPush: "broadcast"}
 
 
 def is_actor(target: Any) -> bool:
@@ -41,9 +42,8 @@ class ActorClient:
         self._actor, self._timeout_s = actor, timeout_s
         self.name = f"actor {actor._actor_id.hex()}"
 
-    def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
-        what = "patch" if isinstance(request, PatchPush) else "push"
-        return msgspec.convert(self._call(what, request), Outcome)
+    def push(self, request: msg.Push) -> Outcome:
+        return msgspec.convert(self._call(_PUSHES[type(request)], request), Outcome)
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
         return msgspec.convert(self._call("checksums", specs), Held)

@@ -2,6 +2,9 @@
 
     meet (once) → start on every replica → broadcast ∥ receive on every replica → finish on each
 
+Replicas that know the tensors already are asked once for all three; the trainer's checksums then
+come behind the last bucket.
+
 HTTP, which can fail, is waited for by the thread that pushes; the collective, which can hang, has
 a thread of its own. Whatever fails ends the group on both sides, and the next push meets anew.
 """
@@ -10,32 +13,32 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Mapping
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
 
-import msgspec
 import torch
+from msgspec.structs import replace
 
 from vllm_wt_plugin.errors import UnknownRegistration, WeightSyncError
-from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.trainer.client import Client
-from vllm_wt_plugin.trainer.filling import Filling, Walk
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.meeting import OWN, CouldNotMeet, GroupOptions, Meeting, meet
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.replicas import ask, culprits, gather, shared
-from vllm_wt_plugin.trainer.source import device_of, gathers
-from vllm_wt_plugin.transport import group, nccl
-from vllm_wt_plugin.wire.buckets import Bucket, Geometry, buckets_of, size
+from vllm_wt_plugin.trainer.sending import Outgoing, Sums, Update, gathering, send_bytes, walk
+from vllm_wt_plugin.trainer.source import device_of
 from vllm_wt_plugin.wire.exchange import Outcome
-from vllm_wt_plugin.wire.messages import Announcement, FinishBody, PlanReport, StartBody
-from vllm_wt_plugin.wire.nccl import checked
+from vllm_wt_plugin.wire.messages import (
+    Announcement,
+    BroadcastPush,
+    FinishBody,
+    PlanReport,
+    StartBody,
+)
+from vllm_wt_plugin.wire.nccl import FORMS, checked
 from vllm_wt_plugin.wire.patches import PatchPush
-
-Sums = dict[str, dict[str, int]]  # of a name, by the dtype that it was summed in
 
 
 @dataclass
@@ -57,9 +60,7 @@ class Broadcaster:
         self.options, self._owner, self._pool, self._plans = options, owner, pool, plans
         self._meeting: Meeting | None = None
         self._announcement: Announcement | None = None
-        self._buckets: list[Bucket] = []
-        self._memory: list[torch.Tensor] = []
-        self._filling: Filling | None = None
+        self._outgoing = Outgoing((), options)
         self._known: dict[str, str] = {}  # replica → the announcement it holds
         self._round = 0
 
@@ -75,7 +76,7 @@ class Broadcaster:
                 lost = culprits(sent.errors)
                 left = [c for c in left if c.name in sent.errors and c.name not in lost]
                 stop = self.options.on_replica_error == "raise" or not lost
-                if stop or (sent.walked and _gathers(source)):
+                if stop or (sent.walked and gathering(source)):
                     break  # a second walk would wait for ranks that do not walk again
                 for c in left:
                     del sent.errors[c.name]
@@ -89,12 +90,10 @@ class Broadcaster:
         specs, o = source.specs, self.options
         if self._announcement is not None and self._announcement.specs == specs:
             return
-        how: Geometry = "rows" if o.packed else "apart"
-        self._buckets = buckets_of(specs, how, o.buffer_bytes)
+        self._outgoing = Outgoing(specs, o)
         self._announcement = Announcement(
-            secrets.token_hex(16), specs, o.buffer_bytes, geometry=how
+            secrets.token_hex(16), specs, o.buffer_bytes, geometry=self._outgoing.geometry
         )
-        self._memory, self._filling = [], None
 
     def _try(self, sent: Sent, source: Listing, version: str, clients: list[Client]) -> None:
         names = [c.name for c in clients]
@@ -105,26 +104,18 @@ class Broadcaster:
             except CouldNotMeet as exc:
                 sent.errors |= shared(names, exc.errors, exc.own)
                 return
-            self._make_room(meeting.device)
+            self._outgoing.make_room(meeting.device)
             laps("meet")
-            sessions, errors = self._start(meeting, clients)
-            laps("start")
-            if not errors:
+            update = self._next(meeting, clients)
+            way = self._in_one if self._is_known(update, source, clients) else self._in_three
+            done, errors = way(update, sent, source, version, clients, laps)
+            again = attempt == 1 and _restarted(errors) and not done
+            if not again or (sent.walked and gathering(source)):
                 break
-            self._abort(clients, sessions, f"another replica refused: {min(errors)}")
-            if attempt == 2 or not _restarted(errors):
-                sent.errors |= shared(names, errors, None)
-                return
             self.close()  # a replica was started anew, or served another trainer
-        sums, errors = self._transfer(sent, meeting, source, clients, sessions)
-        laps("broadcast")
-        sent.errors |= errors
-        good = [c for c in clients if c.name not in errors]
-        done, errors = ask(self._pool, good, lambda c: self._finish(c, version, sessions, sums))
-        laps("finish")
         sent.outcomes |= done
         sent.errors |= errors
-        if not sent.errors:
+        if not errors:
             meeting.pushes += 1
 
     def _meet(self, device: torch.device, clients: list[Client]) -> Meeting:
@@ -134,29 +125,79 @@ class Broadcaster:
             self._meeting = m = meet(self._pool, clients, self.options, device)
         return m
 
-    def _make_room(self, device: torch.device) -> None:
-        if not self._memory or self._memory[0].device != device:
-            largest = max(map(size, self._buckets), default=1)
-            self._memory, self._filling = nccl.buffers(largest, device), None
+    def _next(self, meeting: Meeting, clients: list[Client]) -> Update:
+        a, verify = self._announcement, self.options.verify
+        if a is None:
+            raise RuntimeError("_announce() comes first")
+        verify = verify or ("sample" if meeting.pushes else "full")
+        body = StartBody(
+            owner=self._owner, announced=a.id, group=meeting.id, verify=verify, round=self._round
+        )
+        names = checked(a.specs, verify, self._round)
+        return Update(meeting, body, {n: self._forms(n, clients) for n in names})
+
+    def _is_known(self, update: Update, source: Listing, clients: list[Client]) -> bool:
+        """Whether every replica can take it in one request. Not if the source is walked: a
+        replica may yet refuse, and a walk cannot be had again."""
+        known = all(self._known.get(c.name) == update.body.announced for c in clients)
+        return known and source.tensors is not None and len(update.forms) <= FORMS
+
+    def _in_one(
+        self,
+        update: Update,
+        sent: Sent,
+        source: Listing,
+        version: str,
+        clients: list[Client],
+        laps: _Laps,
+    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        """Every replica begins, receives and commits in one request; no bucket is sent before all
+        of them have begun."""
+        own = self._outgoing.send(update, source, together=True)
+        requests = {
+            c.name: BroadcastPush(
+                replace(update.body, session=secrets.token_hex(16)), version, update.forms
+            )
+            for c in clients
+        }
+        done, errors = self._ask(update.meeting, own, requests, clients)
+        laps("broadcast")
+        return done, errors
+
+    def _in_three(
+        self,
+        update: Update,
+        sent: Sent,
+        source: Listing,
+        version: str,
+        clients: list[Client],
+        laps: _Laps,
+    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        """Each step once all replicas have done the one before."""
+        sessions, errors = self._start(update.body, clients)
+        laps("start")
+        if errors:
+            self._abort(clients, sessions, f"another replica refused: {min(errors)}")
+            return {}, shared([c.name for c in clients], errors, None)
+        update.names = {n: self._forms(n, clients) for n in update.names}  # now they are known
+        sent.walked = True
+        sums, errors = self._transfer(update, source, clients, sessions)
+        laps("broadcast")
+        good = [c for c in clients if c.name not in errors]
+        done, late = ask(self._pool, good, lambda c: self._finish(c, version, sessions, sums))
+        laps("finish")
+        return done, errors | late
 
     def _start(
-        self, meeting: Meeting, clients: list[Client]
+        self, body: StartBody, clients: list[Client]
     ) -> tuple[dict[str, str], dict[str, WeightSyncError]]:
         """Open the update on every replica: all has been checked when they agree."""
-        a = self._announcement
-        verify = self.options.verify or ("sample" if meeting.pushes else "full")
-        self._names = [] if a is None else checked(a.specs, verify, self._round)
 
         def start(c: Client) -> str:
-            known = a is not None and self._known.get(c.name) == a.id
-            session, report = c.start(
-                StartBody(
-                    owner=self._owner, announced=None if a is None else a.id,
-                    announce=None if known else a, group=meeting.id, verify=verify,
-                    round=self._round,
-                )
-            )  # fmt: skip
-            self._known[c.name] = "" if a is None else a.id
+            known = self._known.get(c.name) == body.announced
+            announce = None if known else self._announcement
+            session, report = c.start(replace(body, announce=announce))
+            self._known[c.name] = body.announced or ""
             if report is not None:
                 self._plans[c.name] = report
             return session
@@ -164,55 +205,21 @@ class Broadcaster:
         return ask(self._pool, clients, start)
 
     def _transfer(
-        self,
-        sent: Sent,
-        meeting: Meeting,
-        source: Listing,
-        clients: list[Client],
-        sessions: dict[str, str],
+        self, update: Update, source: Listing, clients: list[Client], sessions: dict[str, str]
     ) -> tuple[Sums, dict[str, WeightSyncError]]:
         """Broadcast, while every replica receives. Checksums of what was sent; errors."""
-        summing = _Summing({n: {self._stored(c, n) for c in clients} for n in self._names})
-        after = nccl.current_stream(meeting.device)
-        device, n = meeting.device, len(self._buckets)
-
-        def send() -> Sums:
-            fill: Filling | Walk = Walk(source, self._buckets, self._memory, summing.see)
-            with nccl.on_side_stream(device, "fill", after), torch.no_grad():
-                try:
-                    if source.tensors is not None:
-                        fill = self._planned(source)
-                    sender = nccl.Sender(
-                        meeting.group, self._memory, n, self.options.timeout_s, ahead=fill.ahead
-                    )
-                    for i, bucket in enumerate(self._buckets):
-                        sender.buffer()
-                        fill.fill(i)
-                        sender.send(size(bucket))
-                    fill.finish()
-                    with nccl.on_side_stream(device, "sum", after):  # while the last ones travel
-                        sums = summing.result(source)
-                    sender.drain()
-                    return sums
-                except BaseException as exc:
-                    meeting.group.abort(str(exc))
-                    if _gathers(source):
-                        fill.exhaust()
-                    raise
+        meeting = update.meeting
 
         def failed() -> None:
             meeting.group.abort("a replica failed")
             self._abort(clients, sessions, "the transfer failed")
 
-        own: Future[Sums] = group.run(
-            send, "broadcast", lambda: meeting.group.abort("the process ends")
-        )
+        own = self._outgoing.send(update, source)
         futures: dict[str, Future[Any]] = {
             c.name: self._pool.submit(c.receive, sessions[c.name]) for c in clients
         }
-        sent.walked = True
         done, errors = gather({OWN: own} | futures, failed)
-        if _gathers(source):
+        if gathering(source):
             wait([own], self.options.timeout_s)  # ranks that gather with this one are not done yet
         mine = errors.pop(OWN, None)
         if mine is None and not errors:
@@ -220,6 +227,34 @@ class Broadcaster:
         self.close()
         failed_names = [c.name for c in clients if mine is not None or c.name in errors]
         return done.get(OWN, {}), shared(failed_names, errors, mine)
+
+    def _ask(
+        self,
+        meeting: Meeting,
+        own: Future[Any],
+        requests: Mapping[str, BroadcastPush | PatchPush],
+        clients: list[Client],
+    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        """What each replica makes of its request while `own` sends. Where one fails, so do the
+        others, unless they have all that was sent."""
+        sessions = {n: r.session for n, r in requests.items()}
+
+        def failed() -> bool:
+            if own.done() and own.exception() is None:
+                return False
+            meeting.group.abort("a replica failed")
+            self._abort(clients, sessions, "the transfer failed")
+            return True
+
+        futures = {c.name: self._pool.submit(c.push, requests[c.name]) for c in clients}
+        done, errors = gather({OWN: own} | futures, failed)
+        mine, _ = errors.pop(OWN, None), done.pop(OWN, None)
+        if mine is None and not errors:
+            return done, {}
+        self.close()
+        lost = [c.name for c in clients if c.name not in done]
+        sent = own.done() and own.exception() is None
+        return done, errors if sent else shared(lost, errors, mine)
 
     def patch(
         self, patches: PatchSender, clients: list[Client]
@@ -234,60 +269,21 @@ class Broadcaster:
                 meeting = self._meet(data.device, clients)
             except CouldNotMeet as exc:
                 return {}, shared([c.name for c in clients], exc.errors, exc.own)
-            session = secrets.token_hex(16)
-            request = msgspec.structs.replace(
-                push, form="broadcast", registration=meeting.id, session=session,
+            request = replace(
+                push, form="broadcast", registration=meeting.id, session=secrets.token_hex(16),
                 bucket_bytes=self.options.buffer_bytes,
             )  # fmt: skip
-            done, errors = self._send_patches(meeting, data, request, clients)
-            if not errors:
-                break
-            self.close()
+            own = send_bytes(meeting, data, request.bucket_bytes, self.options.timeout_s)
+            done, errors = self._ask(meeting, own, {c.name: request for c in clients}, clients)
             if attempt == 2 or done or not _restarted(errors):
                 break
         return done, errors
 
-    def _send_patches(
-        self, meeting: Meeting, data: torch.Tensor, request: PatchPush, clients: list[Client]
-    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
-        after = nccl.current_stream(meeting.device)
-        parts = data.to(meeting.device).split(request.bucket_bytes)
-
-        def send() -> None:
-            sender = nccl.Sender(
-                meeting.group, parts, len(parts), self.options.timeout_s, ahead=True
-            )
-            try:
-                with nccl.on_side_stream(meeting.device, "fill", after):
-                    for part in parts:
-                        sender.buffer()
-                        sender.send(len(part))
-                    sender.drain()
-            except BaseException as exc:
-                meeting.group.abort(str(exc))
-                raise
-
-        def failed() -> None:
-            meeting.group.abort("a replica failed")
-            self._abort(clients, {c.name: request.session for c in clients}, "the transfer failed")
-
-        futures: dict[str, Future[Any]] = {
-            OWN: group.run(send, "broadcast", lambda: meeting.group.abort("the process ends"))
-        }
-        futures |= {c.name: self._pool.submit(c.push, request) for c in clients}
-        done, errors = gather(futures, failed)
-        mine, _ = errors.pop(OWN, None), done.pop(OWN, None)
-        lost = [c.name for c in clients if c.name not in done]
-        return done, shared(lost, errors, mine)
-
-    def _planned(self, source: Listing) -> Filling:
-        """The same as last time for the same tensors in the same buffers."""
-        if self._filling is None or self._filling.source is not source:
-            self._filling = Filling(source, self._buckets, self._memory)
-        return self._filling
-
     def _stored(self, c: Client, name: str) -> str:
         return self._plans[c.name].stored.get(name, "") if c.name in self._plans else ""
+
+    def _forms(self, name: str, clients: list[Client]) -> set[str]:
+        return {self._stored(c, name) for c in clients}
 
     def _finish(self, c: Client, version: str, sessions: dict[str, str], sums: Sums) -> Outcome:
         own = {n: by[self._stored(c, n)] for n, by in sums.items()}
@@ -305,39 +301,6 @@ class Broadcaster:
         if meeting is not None:
             meeting.group.close()
         self._known.clear()
-
-
-def walk(source: Listing) -> None:
-    """Iterate a source that gathers, so that it lines up with the rank that sends."""
-    if _gathers(source):
-        for _ in source:
-            pass
-
-
-def _gathers(source: Listing) -> bool:
-    return source.tensors is None and gathers(source.source)
-
-
-class _Summing:
-    """Checksums of what is sent: of a walk's tensors while they are there, else all at once."""
-
-    def __init__(self, dtypes: dict[str, set[str]]) -> None:
-        self._dtypes = dtypes
-        self._sums: Sums = defaultdict(dict)
-
-    def see(self, name: str, t: torch.Tensor) -> None:
-        self._add([(name, t)])
-
-    def _add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-        rows = [(n, d, t) for n, t in tensors for d in self._dtypes.get(n, ())]
-        cast = [(n, t.to(getattr(torch, d)) if d else t, 0) for n, d, t in rows]
-        for (n, d, _), s in zip(rows, checksum_runs(cast), strict=True):
-            self._sums[n][d] = s
-
-    def result(self, source: Listing) -> Sums:
-        """After a walk, or of tensors that last."""
-        self._add(source.tensors or ())
-        return dict(self._sums)
 
 
 class _Laps:

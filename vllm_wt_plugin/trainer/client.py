@@ -27,6 +27,11 @@ from vllm_wt_plugin.wire.replies import Held, held
 
 logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 2.0
+_PUSHES = {
+    msg.PushRequest: "/push_weights",
+    PatchPush: "/push_patches",
+    msg.BroadcastPush: "/push_broadcast",
+}
 _JSON: dict[bytes | str, bytes | str] = {"Content-Type": "application/json"}
 
 
@@ -35,7 +40,7 @@ class Client(Protocol):
 
     name: str
 
-    def push(self, request: msg.PushRequest | PatchPush) -> Outcome: ...
+    def push(self, request: msg.Push) -> Outcome: ...
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held: ...
 
@@ -84,8 +89,8 @@ class HTTPClient:
         self._timeout = dict.fromkeys(("read", "write", "pool"), timeout_s)
         self._timeout["connect"] = min(10.0, timeout_s)
 
-    def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
-        path = "/push_patches" if isinstance(request, PatchPush) else "/push_weights"
+    def push(self, request: msg.Push) -> Outcome:
+        path = _PUSHES[type(request)]
         return msgspec.convert(self._call("POST", path, request), Outcome)
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
@@ -213,7 +218,9 @@ class LLMClient:
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
         return held(self._call(msg.Sums(specs=specs)), specs)
 
-    def push(self, request: msg.PushRequest | PatchPush) -> Outcome:
+    def push(self, request: msg.Push) -> Outcome:
+        if isinstance(request, msg.BroadcastPush):
+            return self._run(broadcast.push_weights(request))
         if isinstance(request, PatchPush):
             request.check()
             if request.form == "broadcast":

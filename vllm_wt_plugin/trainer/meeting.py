@@ -21,7 +21,7 @@ from vllm_wt_plugin.errors import (
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.replicas import ask, gather
 from vllm_wt_plugin.transport.backends import Member
-from vllm_wt_plugin.transport.group import Communicator, Joining, join, listen
+from vllm_wt_plugin.transport.group import Group, Joining, join, listen
 from vllm_wt_plugin.wire.nccl import RENDEZVOUS_S, TIMEOUT_S, NcclInit, Verify
 
 OWN = ""  # the trainer's key beside replicas' names
@@ -67,7 +67,7 @@ class Meeting:
     id: str
     ranks: dict[str, range]
     device: torch.device  # of the buffers
-    group: Communicator
+    group: Group
     pushes: int = 0  # that went well
 
 
@@ -92,9 +92,9 @@ def meet(
         raise CouldNotMeet(errors, None)
     ranks: dict[str, range] = {}
     n = 1
-    for name, s in status.items():
-        ranks[name] = range(n, n + s["world_size"])
-        n = ranks[name].stop
+    for c in clients:  # in their order, not that of their answers
+        ranks[c.name] = range(n, n + status[c.name]["world_size"])
+        n = ranks[c.name].stop
     device = _device({s["device"] for s in status.values()}, source)
     store = listen(options.host, options.port)
     at = Member(

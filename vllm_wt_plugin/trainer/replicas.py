@@ -26,8 +26,9 @@ def gather(
     failed: Callable[[], object],
     grace_s: float | None = GRACE_S,
 ) -> tuple[dict[str, Any], dict[str, WeightSyncError]]:
-    """Results and errors by name. At the first error `failed` is called, once, and whoever has not
-    answered `grace_s` later counts as unreachable. Errors of other kinds are raised."""
+    """Results and errors by name. At an error `failed` is called, until it does not say False (the
+    others go on); whoever has not answered `grace_s` later counts as unreachable. Errors of other
+    kinds are raised."""
     names = {f: n for n, f in futures.items()}
     results: dict[str, Any] = {}
     errors: dict[str, WeightSyncError] = {}
@@ -46,8 +47,7 @@ def gather(
                 raise exc
             else:
                 results[names[f]] = f.result()
-        if errors and deadline is None and grace_s is not None:
-            failed()
+        if errors and deadline is None and grace_s is not None and failed() is not False:
             deadline = time.monotonic() + grace_s
     for f in pending:
         errors[names[f]] = ServerUnreachable(

@@ -20,13 +20,14 @@ from vllm_wt_plugin.errors import (
     VersionMismatch,
     WeightSyncError,
 )
-from vllm_wt_plugin.trainer.broadcast import Broadcaster, walk
+from vllm_wt_plugin.trainer.broadcast import Broadcaster
 from vllm_wt_plugin.trainer.client import Client, LLMClient, client_for
 from vllm_wt_plugin.trainer.listing import Lister, Listing
 from vllm_wt_plugin.trainer.meeting import GroupOptions
 from vllm_wt_plugin.trainer.packed import PackedSender, PackedSenders
 from vllm_wt_plugin.trainer.replicas import GRACE_S, culprits, overdue
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
+from vllm_wt_plugin.trainer.sending import walk
 from vllm_wt_plugin.trainer.source import gathers
 from vllm_wt_plugin.trainer.tracker import Mode, Tracker, Where
 from vllm_wt_plugin.trainer.verify import verify

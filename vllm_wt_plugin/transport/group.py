@@ -114,9 +114,9 @@ def join(
         else:
             wait(lambda: _called(keys), lambda: "rank 0 did not see every rank join")
         made = backend.connect(keys, max(1.0, wait.left_s))
-        group = Group(at, backend, made, (keys, store))
+        one = torch.zeros(1, dtype=torch.uint8, device=device)
+        group = Group(at, backend, made, (keys, store), one)
         try:
-            one = torch.zeros(1, dtype=torch.uint8, device=device)
             first = group.broadcast(one, max(1.0, wait.left_s))
             wait(first.done, lambda: "the first broadcast did not end")
         except BaseException:
@@ -157,7 +157,15 @@ class Joining:
 class Group:
     """A `Communicator` on torch. Call `broadcast` from one thread, `abort` and `close` from any."""
 
-    def __init__(self, at: Member, backend: Gloo | Nccl, made: Any, stores: tuple[Store, ...]):
+    def __init__(
+        self,
+        at: Member,
+        backend: Gloo | Nccl,
+        made: Any,
+        stores: tuple[Store, ...],
+        one: torch.Tensor,
+    ) -> None:
+        self._one = one  # uint8 on the group's device, whose value nobody reads
         self.rank, self.world_size = at.rank, at.world_size
         self.aborted = ""
         self._backend, self._made, self._stores = backend, made, stores
@@ -173,6 +181,15 @@ class Group:
         options.timeout = self._backend.timeout(timeout_s)
         with told(f"rank {self.rank}"):
             return self._backend.pending(self._made.broadcast([tensor], options))
+
+    def barrier(self, timeout_s: float) -> Pending:
+        """Start to wait until every rank has called this; otherwise as `broadcast`."""
+        if self.aborted:
+            raise TransferError(self.aborted)
+        options = dist.AllreduceOptions()
+        options.timeout = self._backend.timeout(timeout_s)
+        with told(f"rank {self.rank}"):
+            return self._backend.pending(self._made.allreduce([self._one], options))
 
     def abort(self, reason: str) -> None:
         with self._lock:

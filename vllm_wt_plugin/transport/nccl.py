@@ -24,6 +24,8 @@ from vllm_wt_plugin.errors import TransferError
 from vllm_wt_plugin.transport.backends import Pending
 from vllm_wt_plugin.transport.group import Communicator, run
 
+Barrier = Callable[[float], Pending]  # of a group, within so many seconds
+
 BUFFERS = 2
 AHEAD = 16  # buckets on their way: a full queue of launches would stop a thread for good
 JOIN_S = 10.0  # how long a thread may take to notice that its group was aborted
@@ -41,6 +43,7 @@ class Sender:
 
     On CUDA the current stream fills, another one sends. `ahead`: no fill makes this thread wait
     for the GPU, so the next ones may be asked for while their buffers are still being sent.
+    `barrier`: the first bucket is not sent before every rank is there to take it.
     """
 
     def __init__(
@@ -51,8 +54,10 @@ class Sender:
         timeout_s: float,
         *,
         ahead: bool = False,
+        barrier: Barrier | None = None,
     ) -> None:
         self._group, self._memory, self._buckets, self._ahead = group, memory, buckets, ahead
+        self._barrier = barrier
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
         self._pending: deque[Pending] = deque()
         self._last: deque[Pending] = deque(maxlen=len(memory))  # sent from each buffer
@@ -75,13 +80,22 @@ class Sender:
         return self._memory[self._begun % len(self._memory)]
 
     def send(self, nbytes: int) -> None:
-        """Broadcast the first bytes of `buffer()`; does not wait."""
+        """Broadcast the first bytes of `buffer()`; does not wait, but for a barrier."""
+        barrier, self._barrier = self._barrier, None
+        if barrier is not None:
+            self._until(barrier(self._left_s), "the update", "was not begun by")
         data = self._memory[self._begun % len(self._memory)][:nbytes]
         with on_side_stream(data.device, "send", after=current_stream(data.device)):
-            pending = self._group.broadcast(data, self._deadline - time.monotonic())
+            pending = self._group.broadcast(data, self._left_s)
         self._pending.append(pending)
         self._last.append(pending)
         self._begun += 1
+
+    def put(self, data: torch.Tensor) -> None:
+        """Send these bytes (uint8, on any device) as the next bucket, once the others are there."""
+        self.drain()  # a copy from the host would wait for them without a deadline
+        self.buffer()[: len(data)].copy_(data)
+        self.send(len(data))
 
     def drain(self) -> None:
         """Wait until every bucket has arrived."""
@@ -90,21 +104,28 @@ class Sender:
 
     def _oldest(self) -> None:
         what = f"bucket {self.arrived + 1}" + f" of {self._buckets}" * bool(self._buckets)
+        self._until(self._pending[0], what, "was not taken by")
+        self._pending.popleft()
+
+    @property
+    def _left_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _until(self, pending: Pending, what: str, lacks: str) -> None:
         pauses = _pauses()
-        while not _done(self._pending[0], self._group, what):
-            if time.monotonic() > self._deadline:
-                error = f"{what} was not taken by every rank within {self._timeout_s:g} s"
+        while not _done(pending, self._group, what):
+            if self._left_s < 0:
+                error = f"{what} {lacks} every rank within {self._timeout_s:g} s"
                 self._group.abort(error)
                 raise TransferError(error, where=f"rank 0 of {self._group.world_size}")
             time.sleep(next(pauses))
-        self._pending.popleft()
 
 
 class Receiver:
     """Another rank's end: a thread of its own receives; the methods are for the thread that copies.
 
     `memory[i % len(memory)]` takes bucket i, of `sizes[i]` bytes. On CUDA the copies are ordered
-    by the current stream of whoever calls `next` and `release`.
+    by the current stream of whoever calls `next` and `release`. `barrier`: as a Sender's.
     """
 
     def __init__(
@@ -113,8 +134,11 @@ class Receiver:
         memory: Sequence[torch.Tensor],
         sizes: Sequence[int],
         timeout_s: float,
+        *,
+        barrier: Barrier | None = None,
     ) -> None:
         self._group, self._memory, self._sizes = group, memory, sizes
+        self._barrier = barrier
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
         self._flights: deque[Pending] = deque()  # begun, and not given out by `next`
         # What the memory was used for before may not be over yet.
@@ -185,6 +209,8 @@ class Receiver:
                 self._changed.notify_all()
 
     def _receive(self) -> None:
+        if self._barrier is not None:
+            self._meet(self._barrier(self._left_s))
         pending: deque[Pending] = deque()
         begun, pauses = 0, _pauses()
 
@@ -201,13 +227,24 @@ class Receiver:
                 with self._changed:
                     self.arrived += 1
                     self._changed.notify_all()
-            elif time.monotonic() > self._deadline:
+            elif self._left_s < 0:
                 raise TransferError(f"nothing came from rank 0 within {self._timeout_s:g} s")
             elif self._group.aborted:
                 raise TransferError(self._group.aborted)
             else:
                 with self._changed:
                     self._changed.wait_for(room, next(pauses))
+
+    @property
+    def _left_s(self) -> float:
+        return self._deadline - time.monotonic()
+
+    def _meet(self, barrier: Pending) -> None:
+        pauses = _pauses()
+        while not _done(barrier, self._group, ""):
+            if self._left_s < 0:
+                raise TransferError(f"not every rank had begun within {self._timeout_s:g} s")
+            time.sleep(next(pauses))
 
     def _begin(self, index: int) -> Pending:
         """After the last copy out of the same buffer."""
@@ -216,7 +253,7 @@ class Receiver:
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
         data = self._memory[index % len(self._memory)][: self._sizes[index]]
-        flight = self._group.broadcast(data, self._deadline - time.monotonic())
+        flight = self._group.broadcast(data, self._left_s)
         with self._changed:
             self._flights.append(flight)
             self._changed.notify_all()

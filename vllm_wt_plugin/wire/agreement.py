@@ -64,8 +64,10 @@ def check_patches(push: PatchPush, ready: list[Reply]) -> None:
 
 
 def check_written(sums: dict[str, int], replies: list[Reply]) -> None:
-    """Raise unless what every rank has written adds up to the trainer's own checksums."""
+    """Raise unless what every rank has written adds up to the trainer's own checksums; none:
+    to those that it has told all of them."""
     agree(replies)
+    sums = sums or replies[0].info["told"]
     ranks = [r.info["sums"] for r in replies]
     wrong = {n for n, have in sums.items() if added_up(ranks, n) not in (None, have)}
     wrong |= {n for r in replies for n, s in r.info["received"].items() if s != sums[n]}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Generator
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -112,6 +113,29 @@ def receive(
         yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
         raise
     return Outcome(replies[0].state.version, seconds, None)
+
+
+def push_weights(push: msg.BroadcastPush) -> Steps:
+    """A whole dense update that is broadcast."""
+    push.check()
+    opened = yield from exchange.start(push.start)
+    came = yield from receive(opened.session, together(push))
+    done = yield from exchange.finish(push.finish)
+    return in_all(done, opened, came)
+
+
+def together(push: msg.BroadcastPush) -> Receive:
+    """How the buckets of `push` are taken."""
+    return Receive(push.start.session, together=True, forms=push.forms)
+
+
+def in_all(done: Outcome, *before: Outcome) -> Outcome:
+    """The last of several steps, with the seconds of all."""
+    seconds: dict[str, float] = {}
+    for step in (*before, done):
+        for phase, s in step.seconds.items():
+            seconds[phase] = seconds.get(phase, 0.0) + s
+    return replace(done, seconds=seconds)
 
 
 def push_patches(push: PatchPush) -> Steps:

@@ -201,7 +201,7 @@ def _end_turn(replies: list[Reply]) -> Generator[Action, Any, None]:
 
 def start(body: msg.StartBody) -> Steps:
     """Open an update of several calls. Pauses the engine, unless it is paused already."""
-    session = secrets.token_hex(16)
+    session = body.session or secrets.token_hex(16)
     was_paused = bool((yield IsPaused()))
     replies: list[Reply] = []
     paused = False  # by us
@@ -288,8 +288,9 @@ def finish(body: msg.FinishBody) -> Steps:
     open_ = yield Call((msg.Status(),))
     done: list[Reply] = []
     try:
-        if body.sums:
-            check_written(body.sums, (yield Call((Written(body.session, list(body.sums)),))))
+        if body.sums or body.told:
+            written = yield Call((Written(body.session, list(body.sums)),))
+            check_written(body.sums, written)
         done = yield Call((msg.Commit(body.session, body.weight_version),))
         agree(done)
     except Exception as exc:

@@ -11,6 +11,7 @@ from vllm_wt_plugin.wire import decoding
 from vllm_wt_plugin.wire.buckets import Geometry
 from vllm_wt_plugin.wire.handles import Hex32, Registration, ShmStorage
 from vllm_wt_plugin.wire.nccl import (
+    Forms,
     Joined,
     Leave,
     Progress,
@@ -79,6 +80,8 @@ class Announcement(_Data, frozen=True):
 
 
 class StartBody(_Data, frozen=True):
+    """`session`: its name, if the trainer wants to know it before the answer comes."""
+
     owner: Owner = ""
     lease_s: Lease = LEASE_S
     is_checkpoint_format: bool = True
@@ -88,6 +91,7 @@ class StartBody(_Data, frozen=True):
     verify: Verify = "off"  # which of its checksums `finish` will bring (`wire/nccl.py`)
     round: Annotated[int, msgspec.Meta(ge=0, le=2**60)] = 0
     attached: Session | None = None  # a bridge writes in place, nothing is sent; "": the last one
+    session: Session = ""
 
     def __post_init__(self) -> None:
         if not self.is_checkpoint_format:  # msgspec makes a refusal with the path of it
@@ -114,6 +118,34 @@ class FinishBody(_Data, frozen=True):
     weight_version: Version | None = None
     session: Session = ""
     sums: Annotated[dict[Name, Checksum], msgspec.Meta(max_length=2**20)] = {}
+    told: bool = False  # they came through the group
+
+
+class BroadcastPush(_Data, frozen=True):
+    """One whole dense update through a group, `POST /push_broadcast`: start, receive and finish
+    in one request, for a replica that holds the announcement. `forms`: see `wire/nccl.py`."""
+
+    start: StartBody
+    version: Version | None = None
+    forms: Forms = ()
+
+    def check(self) -> None:
+        s = self.start
+        if not (s.session and s.announced and s.group) or s.announce or s.attached is not None:
+            raise RequestError(
+                "it takes `session`, `announced` and `group`, and no `announce` or `attached`",
+                where="$.start",
+                next_step="start_weight_update announces",
+            )
+
+    @property
+    def session(self) -> str:
+        return self.start.session
+
+    @property
+    def finish(self) -> FinishBody:
+        """The last of its three steps."""
+        return FinishBody(self.version, self.session, told=bool(self.forms))
 
 
 class AbortBody(_Data, frozen=True):
@@ -128,6 +160,9 @@ class NamesBody(_Data, frozen=True):
 
 class VersionBody(_Data, frozen=True):
     new_version: Version
+
+
+Push = PushRequest | PatchPush | BroadcastPush  # a whole update in one request
 
 
 # ---- verbs: API server (or LLM object) → every worker --------------------------------------
@@ -361,7 +396,3 @@ class Reply(_Data, frozen=True):
     report: PlanReport | None = None
     seconds: dict[str, float] = {}
     info: dict[str, Any] = {}
-
-
-def reply_from(data: Any) -> Reply:
-    return msgspec.convert(data, Reply)

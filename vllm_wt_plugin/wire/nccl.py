@@ -8,17 +8,20 @@ from typing import Annotated, Literal
 import msgspec
 
 from vllm_wt_plugin.errors import RequestError
+from vllm_wt_plugin.wire.buckets import Bucket, size
 from vllm_wt_plugin.wire.handles import Hex32
 from vllm_wt_plugin.wire.params import ParamSpec, Session, Text
 from vllm_wt_plugin.wire.patches import PatchPush
 
 TIMEOUT_S, RENDEZVOUS_S = 300.0, 60.0
 SAMPLE = 16  # of so many tensors one is checked, another one in each push
+SUM_BYTES, FORMS = 8, 4  # of a checksum; how many forms of them one update may bring
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 Verify = Literal["off", "sample", "full"]
 PackedBytes = Annotated[int, msgspec.Meta(ge=1, le=2**40)]  # of one buffer
 PackedBuffers = Annotated[int, msgspec.Meta(ge=1, le=8)]
+Forms = Annotated[tuple[Text, ...], msgspec.Meta(max_length=FORMS)]
 
 
 class NcclInit(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -79,6 +82,14 @@ def checked(specs: Sequence[ParamSpec], verify: Verify, round_: int) -> list[str
     return [s.name for s in specs[round_ % step :: step]] or [s.name for s in specs[:1]]
 
 
+def buffer_nbytes(buckets: Sequence[Bucket]) -> int:
+    """Of each buffer, on either side: what the largest bucket takes, or all checksums in as many
+    forms as there may be."""
+    names = {p.spec.name for b in buckets for p in b}
+    sums = SUM_BYTES * len(names) * FORMS
+    return max([sums, 1, *map(size, buckets)])
+
+
 # ---- verbs (`wire/messages.py` has the others) ----------------------------------------------
 
 
@@ -95,9 +106,15 @@ class Leave(_Verb, frozen=True, tag="leave"):
 
 
 class Receive(_Verb, frozen=True, tag="receive"):
-    """Begin to take the announced buckets from the group; `Progress` goes on with it."""
+    """Begin to take the announced buckets from the group; `Progress` goes on with it.
+
+    `together`: not before every rank of the group has begun. Behind the last bucket come then the
+    trainer's own checksums of the checked names, an int64 for each of `forms`: the dtypes, of all
+    replicas, that they end in ("": the one they have)."""
 
     session: Session
+    together: bool = False
+    forms: Forms = ()
 
 
 class ReceiveNamed(_Verb, frozen=True, tag="receive_named"):
@@ -128,7 +145,8 @@ class Progress(_Verb, frozen=True, tag="progress"):
 
 
 class Written(_Verb, frozen=True, tag="written"):
-    """Checksums of what the open update has written, for these names."""
+    """Checksums of what the open update has written, for these names; none: for those whose
+    checksums the trainer has broadcast, which are then `info["told"]`."""
 
     session: Session
     names: list[str]

@@ -57,10 +57,12 @@ class Incoming:
                 open_.by("in buckets")
                 self._bucket(verb.index, packed, open_, out)
             case Receive():
-                self._receive(packed, open_, out)
+                packed.expect_sums(verb.forms)
+                self._receive(packed, open_, out, together=verb.together)
             case Written():
                 with out.timed("verify"):
-                    out.info |= self._known.written(packed, verb.names)
+                    out.info |= self._known.written(packed, verb.names or packed.told)
+                    out.info["told"] = packed.told
 
     def _announce(self, verb: msg.Announce, open_: Open, out: Draft) -> None:
         """Know where every tensor goes before the first bucket comes."""
@@ -72,9 +74,11 @@ class Incoming:
         names = checked(announced.specs, verb.verify, verb.round)
         open_.packed = PackedUpdate(announced, self._known.host, names)
 
-    def _receive(self, coming: PackedUpdate | Part, open_: Open, out: Draft) -> None:
+    def _receive(
+        self, coming: PackedUpdate | Part, open_: Open, out: Draft, *, together: bool = False
+    ) -> None:
         open_.by("by broadcast")
-        self._link.receive(coming.memory, coming.sizes)
+        self._link.receive(coming.memory, coming.sizes, together=together)
         out.info["receiving"] = True
 
     def _named(self, verb: ReceiveNamed, open_: Open, out: Draft) -> None:

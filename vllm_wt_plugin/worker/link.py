@@ -15,7 +15,7 @@ import msgspec
 import torch
 
 from vllm_wt_plugin.errors import NoUpdate, UnknownRegistration, UnsupportedVLLM
-from vllm_wt_plugin.transport.group import Communicator, Joining
+from vllm_wt_plugin.transport.group import Communicator, Group, Joining
 from vllm_wt_plugin.transport.nccl import Receiver
 from vllm_wt_plugin.transport.pynccl import Load, Make, meet
 from vllm_wt_plugin.wire.buckets import Geometry
@@ -98,12 +98,16 @@ class Link:
         key = hashlib.blake2b(msgspec.msgpack.encode(made), digest_size=16).hexdigest()
         return Announce("", key, msgspec.structs.replace(made, id=key))
 
-    def receive(self, memory: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
-        """Begin to take buckets of these sizes, each into the next of `memory`, in turn."""
+    def receive(
+        self, memory: Sequence[torch.Tensor], sizes: Sequence[int], *, together: bool = False
+    ) -> None:
+        """Begin to take buckets of these sizes, each into the next of `memory`, in turn;
+        `together`: once every rank of the group has begun."""
         self.expect(None if self.init is None else self.init.group)
         if self._group is None or self.init is None or self._receiver is not None:
             raise NoUpdate("the buckets of this update are being received already")
-        self._receiver = Receiver(self._group, memory, sizes, self.init.timeout_s)
+        barrier = self._group.barrier if together and isinstance(self._group, Group) else None
+        self._receiver = Receiver(self._group, memory, sizes, self.init.timeout_s, barrier=barrier)
 
     def next(self, wait_s: float, *, ahead: bool) -> int | None:
         """The next bucket that is here, or `ahead` of it; None if there is none within `wait_s`."""

@@ -13,6 +13,7 @@ from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire.buckets import Piece, buckets_of, size
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import Announcement
+from vllm_wt_plugin.wire.nccl import SUM_BYTES, buffer_nbytes
 from vllm_wt_plugin.worker.plan.batch import Batch
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
@@ -52,7 +53,7 @@ class Announced:
                     raise HandleError("the buffer is not what was announced", where="buffers")
                 self.memory += tensors
             if not new.buffers:  # what is broadcast arrives in buffers of our own
-                self.memory = nccl.buffers(max(map(size, self.buckets), default=1), device)
+                self.memory = nccl.buffers(buffer_nbytes(self.buckets), device)
         except BaseException:
             self.close()
             raise
@@ -88,13 +89,22 @@ class PackedUpdate:
     def __init__(self, announced: Announced, host: Host, checked: Iterable[str] = ()) -> None:
         self.plan, self.memory = announced.plan, announced.memory
         self.sizes = [size(b) for b in announced.buckets]
+        self.told: dict[str, int] = {}  # the trainer's own checksums, where it broadcasts them
+        self._checked = tuple(checked)
+        self._forms: tuple[str, ...] = ()
         self._announced = announced
         self._update = Update(host, announced.plan)
         self._next = 0
         computed = announced.plan.report.whole
-        self.received: dict[str, int] = {n: 0 for n in checked if n in computed}
+        self.received: dict[str, int] = {n: 0 for n in self._checked if n in computed}
         # Names that are one tensor: sums of what comes, which say whether it is the same.
         self._tied = {s.name: 0 for pair in announced.plan.must_equal for s in pair}
+
+    def expect_sums(self, forms: tuple[str, ...]) -> None:
+        """Of the checked names, in each of these forms, behind the last bucket."""
+        self._forms = forms
+        if n := len(self._checked) * len(forms):
+            self.sizes.append(n * SUM_BYTES)
 
     def expect(self, index: int) -> None:
         """Refuse any bucket but the next; wait until the trainer has filled its buffer."""
@@ -113,7 +123,7 @@ class PackedUpdate:
     def ahead(self) -> bool:
         """Whether the expected bucket may be copied before it is known to be here: no copy waits
         for the GPU then. Not the first one, whose loss leaves the old weights."""
-        return self._next > 0 and self._plain is not None
+        return 0 < self._next < len(self._announced.buckets) and self._plain is not None
 
     @property
     def _plain(self) -> Batch | None:
@@ -124,8 +134,11 @@ class PackedUpdate:
         return a.batches.get(self._next) if computed.isdisjoint(names) else None
 
     def receive(self) -> None:
-        """Copy the expected bucket."""
+        """Copy the expected bucket, or read what is behind the last."""
         a, index = self._announced, self._next
+        if index == len(a.buckets):
+            self._next += 1
+            return self._read_sums(a.memory[index % len(a.memory)][: self.sizes[index]])
         if (batch := self._plain) is not None:
             self._update.repeat(a.buckets[index], batch)
             self._next += 1
@@ -142,6 +155,17 @@ class PackedUpdate:
                     have = sums[p.spec.name] + checksum_run(seed, rows, start)
                     sums[p.spec.name] = wrap(have)
         self._next += 1
+
+    def _read_sums(self, data: torch.Tensor) -> None:
+        """[checked names, forms] of int64: each name's in the form that it ends in here."""
+        stored = self.plan.report.stored
+        rows = data.cpu().view(torch.int64).view(-1, len(self._forms)).tolist()
+        for name, row in zip(self._checked, rows, strict=True):
+            if (form := stored.get(name, "")) not in self._forms:
+                raise RequestError(
+                    f"no checksum of its form {form or 'as it came'!r} was sent", where=name
+                )
+            self.told[name] = row[self._forms.index(form)]
 
     @property
     def complete(self) -> bool:
