@@ -2,7 +2,7 @@
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
 #   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small fsdp nccl nccl-tests
-#          several-ipc several-nccl bridge-8b bridge-own dropin
+#          several-ipc several-nccl bridge-8b bridge-own one-copy dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -30,7 +30,7 @@ for name in "$@"; do
     sparse) step sparse 300 "^(diff|accept|apply|push|check|vers)|$rows" \
       python3 -m benchmarks.sparse_gpu --shape 8b --profile --out "$out/b" ;;
     8b) step ipc-8b 330 "$rows" python3 -m benchmarks.ipc_gpu --shape 8b --llm --out "$out/b" ;;
-    moe) step ipc-moe 330 "$rows" \
+    moe) step ipc-moe 560 "$rows" \
       python3 -m benchmarks.ipc_gpu --shape 30b-a3b --out "$out/b" ;;
     small) # correctness, side by side: nothing is timed
       step kernels 120 "$said" $py tests/gpu/test_batch.py &
@@ -55,6 +55,8 @@ shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
       python3 -m benchmarks.several_gpus --only nccl --out "$out/b" ;;
     bridge-8b) step bridge-8b 200 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
     dropin) step dropin 400 "passed|failed|^E " $py tests/gpu/test_dropin.py ;;
+    one-copy) step one-copy 300 "^ +([0-9]+|end) |ok:|FAILED|Error" \
+      python3 examples/one_copy_training.py --out "$out/one-copy" ;;
     bridge-own) step bridge-own 120 "$rows" \
       python3 -m benchmarks.bridge_gpu --shape tiny --own-segments --out "$out/b" ;;
   esac
