@@ -23,6 +23,7 @@ from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.buckets import cut
 from vllm_wt_plugin.wire.handles import Registration
+from vllm_wt_plugin.worker import known
 from vllm_wt_plugin.worker import session as module
 from vllm_wt_plugin.worker.known import KEEP
 from vllm_wt_plugin.worker.session import WorkerSession
@@ -613,6 +614,29 @@ def test_parts(worker: Worker, size: int, reverse: bool) -> None:
     assert worker.holds(2)
     assert worker.ok(msg.Status()).info["registrations"] == []
     assert not worker.importer._opened
+
+
+def test_parts_of_what_was_pushed_before_need_no_plan_of_their_own(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One part for each name, again and again: a plan takes as long as a push."""
+    names = sorted(toys.checkpoint(Model(), 2))
+    built = []
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        built.append(args)
+        return build(*args, **kwargs)
+
+    build = known.build
+    monkeypatch.setattr(known, "build", counted)
+    for seed in (2, 3, 2):
+        built.clear()
+        worker.ok(worker.begin())
+        for name in names:
+            worker.ok(worker.prepare(seed, A, name), msg.Apply(A))
+        worker.ok(msg.Commit(A, f"v{seed}"))
+        assert worker.holds(seed)
+    assert built == []
 
 
 class RetiedPacked(toys.Retied):

@@ -95,7 +95,7 @@ class Incoming:
         if open_.parts or not self._known.complete(specs):
             with out.timed("plan"):
                 check_specs(specs)
-                plan = self._known.plan(specs, complete=False)
+                plan = self._known.part(specs)
             out.report = plan.report
             open_.part = Part.of(plan, announce, self._known.host.device)
             return self._receive(open_.part, open_, out)

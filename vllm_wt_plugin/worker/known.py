@@ -103,8 +103,27 @@ class Known:
         self._plans.move_to_end(key)
         return self._plans[key]
 
+    def part(self, specs: tuple[ParamSpec, ...]) -> LoadPlan:
+        """The plan of a part of an update: cut from one of the whole model, as soon as there is
+        one; a new one takes about as long as that of everything."""
+        whole = self._whole(specs)
+        if whole is None:
+            return self.plan(specs, complete=False)
+        return whole.only({s.name for s in specs})
+
+    def _whole(self, specs: tuple[ParamSpec, ...]) -> LoadPlan | None:
+        """A plan of the whole model that has these tensors, as they are."""
+        for key, plan in self._plans.items():
+            if key[1] and all(plan.specs.get(s.name) == s for s in specs):
+                self._plans.move_to_end(key)
+                return plan
+        return None
+
     def complete(self, specs: tuple[ParamSpec, ...]) -> bool:
         """Whether these tensors are all that the model needs."""
+        whole = self._whole(specs)
+        if whole is not None and 2 * sum(s.numel for s in specs) < whole.report.elements:
+            return False  # of two names for one tensor it can lack one, and not more
         try:
             self.plan(specs, complete=True)
         except PlanError:
@@ -194,7 +213,7 @@ class Known:
 
     def _open(self, reg: Registration, complete: bool, timed: Timed) -> Registered:
         with timed("plan"):
-            plan = self.plan(reg.specs, complete=complete)
+            plan = self.plan(reg.specs, complete=True) if complete else self.part(reg.specs)
         with timed("open"):
             tensors = self.importer.open(reg)
             try:

@@ -64,23 +64,23 @@ class LoadPlan:
         return {m for m in self.processed if not self.segments.get(m)}
 
     def only(self, names: Collection[str]) -> LoadPlan:
-        """The part of the plan that these names touch. Whole modules: `names` is all of a group
+        """The part of the plan that these names touch. To replay it, `names` is all of a group
         of `report.whole`, or tensors that are plain copies."""
-        segments = {
-            m: kept
-            for m, rows in self.segments.items()
-            if (kept := [s for s in rows if s.name in names])
-        }
-        loader = bool(self.opaque_names & set(names))
+        segments: dict[str, list[Segment]] = defaultdict(list)
+        for name in names:
+            for module, seg in self.by_name.get(name, ()):
+                segments[module].append(seg)
+        loader = not self.opaque_names.isdisjoint(names)
         follow = self.followers if names else set()
         return LoadPlan(
-            {n: s for n, s in self.specs.items() if n in names},
-            segments=segments,
+            {n: self.specs[n] for n in names if n in self.specs},
+            segments=dict(segments),
             fills={m: f for m, f in self.fills.items() if m in segments},
             in_place=self.in_place & segments.keys(),
             processed={m: why for m, why in self.processed.items() if m in segments or m in follow},
             opaque=self.opaque if loader else {},
             opaque_names=self.opaque_names if loader else set(),
             late=self.late,
+            must_equal=[(a, b) for a, b in self.must_equal if a.name in names and b.name in names],
             modules=self.modules,
         )
