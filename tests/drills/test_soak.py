@@ -96,7 +96,7 @@ def soak(server: Server, pushes: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-FORMS = [("short", 16), pytest.param("long", 520, marks=pytest.mark.drill)]
+FORMS = [("short", 8), pytest.param("long", 520, marks=pytest.mark.drill)]
 
 
 @pytest.mark.parametrize(("form", "pushes"), FORMS)

@@ -67,7 +67,9 @@ def test_the_same_on_one_copy_of_the_weights(tmp_path: Path) -> None:
     assert living_in(tmp_path) == []
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.full)]
+)
 def test_interrupted_demo_leaves_no_server(tmp_path: Path, number: signal.Signals) -> None:
     with started(tmp_path) as demo:
         deadline = time.monotonic() + 180
