@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
@@ -232,6 +233,26 @@ class VllmHost:
             ParamSpec(name, str(t.dtype).removeprefix("torch."), tuple(t.shape))
             for name, t in weights
         )
+
+    def checkpoint_names(self) -> frozenset[str]:
+        """From the headers of the safetensors files, every name, whatever this rank took."""
+        config = self.vllm_config.model_config
+        overrides = getattr(self.model, "allow_patterns_overrides", None)
+        names: set[str] = set()
+        try:
+            loader: Any = get_model_loader(self.vllm_config.load_config)
+            _, files, *_ = loader._prepare_weights(
+                config.model, None, config.revision, False, overrides
+            )
+            for file in files:
+                with safe_open(file, "pt") as opened:
+                    names.update(opened.keys())
+        # No such method, folder or format any more: a push is then checked without.
+        except Exception as exc:
+            init_logger(__name__).debug(
+                "weight sync: cannot list the engine's own checkpoint: %s", exc
+            )
+        return frozenset(names)
 
     def hook(self, module: nn.Module) -> Hook | None:
         method = getattr(module, "quant_method", None)

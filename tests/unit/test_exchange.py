@@ -546,6 +546,14 @@ def test_a_name_is_nowhere_if_it_is_nowhere_on_every_rank() -> None:
     assert caught.value.where == "b"
 
 
+def test_a_name_is_ignored_if_every_rank_ignores_it() -> None:
+    ignored = {"a": "skipped", "b": "skipped"}
+    agreed = agree([reply(0, report(ignored=ignored)), reply(1, report(ignored={"b": "skipped"}))])
+    assert agreed is not None
+    assert agreed.ignored == {"b": "skipped"}
+    agree([reply(0, report(ignored=ignored)), reply(1, report(nowhere=["a"]))])
+
+
 SPEC = ParamSpec("w", "float32", (4, 4))
 
 
@@ -558,6 +566,7 @@ SPEC = ParamSpec("w", "float32", (4, 4))
         ([report(consumed={"w": 8})], True),
         ([report(consumed={"w": 12}), report(consumed={"w": 12})], False),  # replicated in part
         ([report(consumed={"w": 8}), report(nowhere=["w"])], True),
+        ([report(consumed={"w": 8}), report(ignored={"w": "skipped"})], True),
         ([report(consumed={"w": 8}), report()], False),
         ([report(consumed={"w": 16}), report(nowhere=["w"])], False),
     ],

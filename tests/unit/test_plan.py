@@ -697,6 +697,16 @@ def test_names_that_the_loader_skips_on_purpose_are_ignored(name: str, why: str)
     assert plan.report.nowhere == []
 
 
+def test_what_the_loader_skips_of_the_engines_own_checkpoint_is_ignored() -> None:
+    """A head that the model ties whatever its config says, layers of a draft by another name."""
+    host = fresh("Skips", 1)
+    host.skipped_names = {"lm_head.weight", "mtp.fc.weight"}
+    names = ("lm_head.weight", "mtp.fc.weight", "typo.weight")
+    plan = build(host, [*specs_of(toys.checkpoint(host.toy, 1)), *(spec(n, 3) for n in names)])
+    assert plan.report.ignored.keys() == host.skipped_names
+    assert plan.report.nowhere == ["typo.weight"]
+
+
 def test_an_untied_head_and_a_real_layer_are_not_ignored() -> None:
     host = fresh("Skips", 1)
     names = ("lm_head.weight", "model.layers.0.fc.weight", "attn.bias_k")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+import msgspec
+
 from vllm_wt_plugin.errors import PlanError, TransferError, from_dict
 from vllm_wt_plugin.wire.messages import PlanReport, Reply
 from vllm_wt_plugin.wire.params import ParamSpec
@@ -13,7 +15,8 @@ from vllm_wt_plugin.wire.patches import PatchPush, added_up, wrong_sums
 def agree(replies: list[Reply], specs: Iterable[ParamSpec] = ()) -> PlanReport | None:
     """Raise the first rank's error, or what only all ranks together can know; else rank 0's report.
 
-    A name that no rank takes, or of which all ranks together leave a part, is an error.
+    A name that no rank takes (nor skips on purpose), or of which all ranks together leave a part,
+    is an error.
     """
     failed = [r for r in replies if r.error is not None]
     if failed:
@@ -40,11 +43,17 @@ def agree(replies: list[Reply], specs: Iterable[ParamSpec] = ()) -> PlanReport |
             where=left[0].name,
             next_step="compare shapes with the served model's checkpoint",
         )
-    return reports[0]
+    # What other ranks take (pipeline stages, experts) is not ignored.
+    ignored = {
+        n: why for n, why in reports[0].ignored.items() if all(n in r.ignored for r in reports)
+    }
+    return msgspec.structs.replace(reports[0], ignored=ignored)
 
 
 def _left_over(spec: ParamSpec, reports: list[PlanReport]) -> bool:
-    parts = [r.consumed.get(spec.name) for r in reports if spec.name not in r.nowhere]
+    name = spec.name
+    takers = [r for r in reports if name not in r.nowhere and name not in r.ignored]
+    parts = [r.consumed.get(name) for r in takers]
     return (
         bool(parts)
         and all(p is not None for p in parts)

@@ -32,6 +32,9 @@ class Host(Protocol):
     def checkpoint(self) -> tuple[ParamSpec, ...]:
         """What the checkpoint holds that the model was started from."""
 
+    def checkpoint_names(self) -> frozenset[str]:
+        """The names alone, without reading a tensor; empty where they cannot be known."""
+
     def hook(self, module: nn.Module) -> Hook | None:
         """The processing of one layer after loading, if it has any."""
 

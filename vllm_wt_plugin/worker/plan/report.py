@@ -20,7 +20,8 @@ def describe(plan: LoadPlan, host: Host) -> PlanReport:
     taken: dict[str, int] = defaultdict(int)
     for name, source in {(s.name, s.source) for rows in plan.segments.values() for s in rows}:
         taken[name] += _distinct(source)
-    ignored, nowhere = {}, []
+    ignored: dict[str, str] = {}
+    nowhere: list[str] = []
     for name in plan.specs:
         if taken[name] or name in plan.opaque_names or not plan.specs[name].numel:
             continue
@@ -29,6 +30,11 @@ def describe(plan: LoadPlan, host: Host) -> PlanReport:
             ignored[name] = why
         else:
             nowhere.append(name)
+    # What a fresh engine would skip of the same file is no mistake: heads of models that tie them
+    # whatever their config says, layers of drafts, towers that are not served.
+    own = host.checkpoint_names() if nowhere else frozenset()
+    ignored |= dict.fromkeys(own.intersection(nowhere), "skipped in the engine's own checkpoint")
+    nowhere = [n for n in nowhere if n not in own]
     return PlanReport(
         tensors=len(plan.specs),
         bytes=sum(s.nbytes for s in plan.specs.values()),
