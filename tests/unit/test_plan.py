@@ -674,6 +674,15 @@ def test_a_part_of_the_model_may_be_planned_on_purpose() -> None:
     assert set(part.opaque) == {"scaled"}
 
 
+def test_a_buffer_of_the_checkpoint_that_is_not_sent_is_reported() -> None:
+    """`named_parameters()` has no buffers: the engine keeps its own, and the report says so."""
+    host = fresh("Buffers", 1)
+    assert planned(host, without=["gate.correction"]).report.kept == []  # computed, for all we know
+    host.own_names = set(host.toy.shapes())
+    assert planned(host, without=["gate.correction"]).report.kept == ["gate.correction"]
+    assert planned(host).report.kept == []
+
+
 def test_names_that_end_nowhere_are_reported() -> None:
     host = fresh("Skips", 1)
     plan = build(host, [*specs_of(toys.checkpoint(host.toy, 1)), spec("extra.weight", 3)])
@@ -700,10 +709,10 @@ def test_names_that_the_loader_skips_on_purpose_are_ignored(name: str, why: str)
 def test_what_the_loader_skips_of_the_engines_own_checkpoint_is_ignored() -> None:
     """A head that the model ties whatever its config says, layers of a draft by another name."""
     host = fresh("Skips", 1)
-    host.skipped_names = {"lm_head.weight", "mtp.fc.weight"}
+    host.own_names = {"lm_head.weight", "mtp.fc.weight"}
     names = ("lm_head.weight", "mtp.fc.weight", "typo.weight")
     plan = build(host, [*specs_of(toys.checkpoint(host.toy, 1)), *(spec(n, 3) for n in names)])
-    assert plan.report.ignored.keys() == host.skipped_names
+    assert plan.report.ignored.keys() == host.own_names
     assert plan.report.nowhere == ["typo.weight"]
 
 

@@ -1128,7 +1128,7 @@ class ToyHost:
         self.tied_head = model.tied_head
         self.inside = 0  # depth of `context`
         self.fail_load: Exception | None = None
-        self.skipped_names: set[str] = set()  # of the checkpoint it was started from
+        self.own_names: set[str] = set()  # of the checkpoint it was started from, where it matters
 
     def load(self, weights: Weights) -> object:
         if self.fail_load is not None:
@@ -1139,7 +1139,7 @@ class ToyHost:
         return specs_of(checkpoint(self.toy, 1))
 
     def checkpoint_names(self) -> frozenset[str]:
-        return frozenset(self.skipped_names)
+        return frozenset(self.own_names)
 
     def hook(self, module: nn.Module) -> Hook | None:
         method = getattr(module, "quant_method", None)

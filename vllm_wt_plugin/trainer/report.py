@@ -66,6 +66,7 @@ class PushReport:
                     f"{len(r.plan.opaque)} by vLLM's loader"
                 )
                 line += f", {len(r.plan.ignored)} names ignored" if r.plan.ignored else ""
+                line += f", {len(r.plan.kept)} buffers not sent" if r.plan.kept else ""
         named = [f"{k} {v * 1e3:.1f}" for k, v in phases.items() if k != "total" and v >= 5e-5]
         line += f" [{', '.join(named)}]" if named else ""
         return line + "".join(f"; {r.name} FAILED: {r.error}" for r in self.replicas if r.error)

@@ -380,6 +380,7 @@ class PlanReport(_Data, frozen=True):
     ignored: dict[str, str] = {}  # name → why
     nowhere: list[str] = []
     derived: list[str] = []  # live tensors that processing made
+    kept: list[str] = []  # live buffers of the engine's own checkpoint that no name brings
     consumed: dict[str, int] = {}  # elements of each name this rank takes, where not all
     stored: dict[str, str] = {}  # name → the dtype the engine holds, where it is another
     shadowed: bool = False  # the engine keeps host copies: `whole` takes patches after all

@@ -26,7 +26,10 @@ def check_coverage(plan: LoadPlan, host: Host, rec: Recording, complete: bool) -
         rehearsed = rehearse(host, plan.opaque.keys() | short.keys(), specs)
         why = "its loader cannot be recorded: " + next(iter(rec.dropped.values()))
         plan.opaque |= {m: why for (m, _), _ in rehearsed if m in short}
-        short = _short(plan, host, written + rehearsed)
+        written += rehearsed
+        short = _short(plan, host, written)
+    if complete:
+        plan.kept = _kept(plan, host, written)
     if short and complete:
         rows = [r for rs in short.values() for r in rs]
         raise PlanError(
@@ -55,6 +58,22 @@ def _short(plan: LoadPlan, host: Host, written: list[Written]) -> dict[str, list
                 part = f"{have} of {need} elements" if have else "nothing"
                 short.setdefault(name, []).append(f"{name}.{tensor} ({part})")
     return short
+
+
+def _kept(plan: LoadPlan, host: Host, written: list[Written]) -> list[str]:
+    """Buffers that no name fills, though the engine's own checkpoint does: it has a name that ends
+    like theirs and is not sent (`named_parameters()` leaves out what is trained by other means)."""
+    filled = _filled(plan, host, written)
+    rows = [
+        (name, tensor)
+        for name, module in host.model.named_modules()
+        if (form := host.blueprint.form(module)) is not None
+        for tensor, tform in form.buffers.items()
+        if tensor not in form.non_persistent and tform.numel and not filled.get(tform.key)
+    ]
+    own = host.checkpoint_names() if rows else frozenset()
+    unsent = {n.rpartition(".")[2] for n in own - plan.specs.keys()}
+    return [f"{name}.{tensor}" for name, tensor in rows if tensor in unsent]
 
 
 def _filled(plan: LoadPlan, host: Host, written: list[Written]) -> dict[int, int]:

@@ -34,6 +34,7 @@ class LoadPlan:
     opaque_names: set[str] = field(default_factory=set)  # what the loader needs for `opaque`
     late: dict[str, set[str]] = field(default_factory=dict)  # late hook → modules it reads
     must_equal: list[tuple[Segment, Segment]] = field(default_factory=list)
+    kept: list[str] = field(default_factory=list)  # buffers that stay as they are
     report: PlanReport = field(default_factory=PlanReport)
     modules: dict[str, nn.Module] = field(default_factory=dict)  # of the model, by name
 

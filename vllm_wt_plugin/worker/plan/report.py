@@ -46,6 +46,7 @@ def describe(plan: LoadPlan, host: Host) -> PlanReport:
         ignored=ignored,
         nowhere=nowhere,
         derived=_derived(plan, host),
+        kept=plan.kept,
         consumed={
             n: taken[n]
             for n, s in plan.specs.items()
