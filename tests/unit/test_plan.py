@@ -683,6 +683,13 @@ def test_a_buffer_of_the_checkpoint_that_is_not_sent_is_reported() -> None:
     assert planned(host).report.kept == []
 
 
+def test_parameters_under_names_that_the_loader_skips_are_shown_side_by_side() -> None:
+    """transformers 5 fuses experts in memory: their names there are not those of the checkpoint."""
+    with pytest.raises(PlanError, match=r"covers: fc\.weight .*nowhere here: fused") as caught:
+        build(fresh("Skips", 1), [spec("fused", 8, 12)])
+    assert "push the module" in caught.value.next_step
+
+
 def test_names_that_end_nowhere_are_reported() -> None:
     host = fresh("Skips", 1)
     plan = build(host, [*specs_of(toys.checkpoint(host.toy, 1)), spec("extra.weight", 3)])

@@ -31,17 +31,22 @@ def check_coverage(plan: LoadPlan, host: Host, rec: Recording, complete: bool) -
     if complete:
         plan.kept = _kept(plan, host, written)
     if short and complete:
-        rows = [r for rs in short.values() for r in rs]
-        raise PlanError(
-            f"{len(rows)} live parameters that no name covers: " + ", ".join(rows[:20]),
-            where=rows[0].split(" ")[0],
-            next_step="send every parameter of the model in one update",
-        )
+        raise _uncovered([r for rs in short.values() for r in rs], plan)
     _spread(plan, host)
     for name in plan.opaque:
         plan.processed.pop(name, None)
         plan.in_place.discard(name)
         plan.opaque_names |= {s.name for s in plan.segments.get(name, [])}
+
+
+def _uncovered(rows: list[str], plan: LoadPlan) -> PlanError:
+    what = f"{len(rows)} live parameters that no name covers: {', '.join(rows[:20])}"
+    next_step = "send every parameter of the model in one update"
+    known = plan.by_name.keys() | plan.opaque_names | plan.empty
+    if lost := [n for n in plan.specs if n not in known]:  # likely the same under other names
+        what += f"; names that end nowhere here: {', '.join(lost[:20])}"
+        next_step += ", by the names of its checkpoint (of a transformers model: push the module)"
+    return PlanError(what, where=rows[0].split(" ")[0], next_step=next_step)
 
 
 def _short(plan: LoadPlan, host: Host, written: list[Written]) -> dict[str, list[str]]:
