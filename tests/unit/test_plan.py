@@ -674,6 +674,12 @@ def test_a_part_of_the_model_may_be_planned_on_purpose() -> None:
     assert set(part.opaque) == {"scaled"}
 
 
+def test_a_clone_of_a_source_is_followed_unless_it_is_changed() -> None:
+    plan = planned(fresh("SeenTwice", 1))
+    assert plan.in_place == {"fc"}
+    assert set(plan.opaque) == {"out"}
+
+
 def test_a_buffer_of_the_checkpoint_that_is_not_sent_is_reported() -> None:
     """`named_parameters()` has no buffers: the engine keeps its own, and the report says so."""
     host = fresh("Buffers", 1)

@@ -801,6 +801,22 @@ class ReadsValues(Toy):
         return self.scaled(x) * self.plain(x)
 
 
+class SeenTwice(Toy):
+    """The loader looks at clones of the first names before it loads (vLLM's pooling models);
+    it changes one of them."""
+
+    def make(self) -> None:
+        self.fc = Linear(8, 12)
+        self.out = Linear(12, 8)
+
+    def load_weights(self, weights: Weights) -> None:
+        clones = [(n, w.clone()) for n, w in weights]
+        super().load_weights((n, w.mul_(2) if n == "out.weight" else w) for n, w in clones)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.out(self.fc(x))
+
+
 class Skips(Toy):
     """The loader skips what it does not know, in silence."""
 
@@ -1106,7 +1122,7 @@ TOYS: dict[str, type[Toy]] = {
         Fused, Embeddings, TiedParameter, TiedPacked, TiedDropped, TiedHeadDropped, TiedTransposed,
         TiedOpaque, TiedLies, TiedModule, TiedStorage, Retied, MoE, Conv1D, Mamba,
         MambaPacked, OwnView, Cat, Permuted, Assigned, Restrided, Written, ZeroedFirst,
-        ReadsValues, Skips, Attributes, Lies, Bytes,
+        ReadsValues, SeenTwice, Skips, Attributes, Lies, Bytes,
         Buffers, Carved, Columns, MLA, MLAPacked, LateTwice, Elsewhere, Everything,
     )
 } | {f"processed_{name}": _processed(m) for name, m in PROCESSORS.items()}  # fmt: skip

@@ -188,7 +188,24 @@ class _Recorder(TorchDispatchMode):
         # Through another dtype a copy moves bits, which a copy of values does not.
         if is_view(func) and func is not aten.view.dtype:
             return func(*args, **kwargs)
+        if func is aten.clone.default and self._whole(args[0]):
+            return self._clone(func, args, kwargs)
         return self._other(func, args, kwargs)
+
+    def _whole(self, t: torch.Tensor) -> bool:
+        """Is `t` all of a source, element by element?"""
+        size = t.untyped_storage().nbytes()
+        return storage_key(t) in self._sources and t.is_contiguous() and t.nbytes == size
+
+    def _clone(self, func: Any, args: Any, kwargs: Any) -> torch.Tensor:
+        """A clone of a whole source stands for it: pooling models look for their prefix in clones
+        of the first names."""
+        out: torch.Tensor = func(*args, **kwargs)
+        if not out.is_contiguous():
+            return self._other(func, args, kwargs)  # type: ignore[no-any-return]
+        self._sources[storage_key(out)] = self._sources[storage_key(args[0])]
+        self._keep.append(out)
+        return out
 
     def _copy(self, dst: torch.Tensor, src: torch.Tensor) -> bool:
         name, rows = self._sources.get(storage_key(src)), self._targets.get(storage_key(dst))
