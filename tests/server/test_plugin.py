@@ -114,7 +114,7 @@ def test_plugin_not_named(
     checkpoint: Callable[..., Path], tmp_path: Path, plugins: str | None
 ) -> None:
     """As if it were not installed; unset, vLLM loads general plugins but no endpoint plugins."""
-    with Server(checkpoint("qwen3", 1), log(tmp_path), plugins=plugins) as server:
+    with Server(checkpoint("qwen3", 1), log(tmp_path), plugins=plugins, anew=True) as server:
         assert_vllm_alone(server)
         assert not lines(server, "are ours")
         assert bool(lines(server, "VLLM_PLUGINS does not name wt")) == (plugins is None)
