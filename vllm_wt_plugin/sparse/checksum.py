@@ -51,8 +51,11 @@ def seed(name: str) -> int:
 
 def mix(seed: int, word: torch.Tensor) -> torch.Tensor:
     """The odd factors of the words at these int64 places, as int64 in [0, 2^32)."""
-    x = _mul(word & MASK, C_INDEX) + _mul(word >> 32, C_HIGH) + seed & MASK
-    x = _mul(x ^ (x >> 16), C_MIX)
+    x = (word & MASK) * C_INDEX + seed
+    if word.numel() and int(word.max()) > MASK:
+        x += (word >> 32) * C_HIGH
+    x &= MASK
+    x = (x ^ (x >> 16)) * C_MIX & MASK
     return x ^ (x >> 15) | 1
 
 
@@ -109,7 +112,11 @@ def checksum_values(name: str, indices: torch.Tensor, values: torch.Tensor) -> i
 
 def checksum_change(name: str, indices: torch.Tensor, old: torch.Tensor, new: torch.Tensor) -> int:
     """What replacing `old` by `new` (1-d, one dtype) at flat `indices` adds to H."""
-    return wrap(checksum_values(name, indices, new) - checksum_values(name, indices, old))
+    total, key = 0, seed(name)
+    for i in range(0, indices.numel(), CHUNK):
+        part = slice(i, i + CHUNK)
+        total += _sum(key, new[part], indices[part].long(), old[part])
+    return wrap(total)
 
 
 def words(t: torch.Tensor) -> torch.Tensor:
@@ -121,11 +128,6 @@ def words(t: torch.Tensor) -> torch.Tensor:
     raw = t.contiguous().view(_BITS[size])
     parts = raw.view(*t.shape, 2) if size == 8 else raw.unsqueeze(-1)
     return parts.long() & ((1 << min(8 * size, 32)) - 1)
-
-
-def _mul(a: torch.Tensor, b: int) -> torch.Tensor:
-    """a · b mod 2^32 of int64 words, without a product beyond 2^63."""
-    return (a * (b & 0xFFFF) + ((a * (b >> 16) & 0xFFFF) << 16)) & MASK
 
 
 def _strided(key: int, part: torch.Tensor, offset: int, stride: tuple[int, ...]) -> int:
@@ -159,8 +161,12 @@ def _chunks(
             yield from _chunks(rest[0], at, stride)
 
 
-def _sum(key: int, values: torch.Tensor, index: torch.Tensor) -> int:
+def _sum(
+    key: int, values: torch.Tensor, index: torch.Tensor, minus: torch.Tensor | None = None
+) -> int:
     bits, size = words(values), values.element_size()
+    if minus is not None:
+        bits -= words(minus)
     many, per = bits.shape[-1], max(1, 4 // size)  # words in an element, elements in a word
     total = torch.zeros((), dtype=torch.int64, device=values.device)
     for k in range(many):

@@ -103,12 +103,12 @@ class TorchPart:
         specs, counts, indices, values, sums = [], [], [], [], []
         for p in self._pairs:
             new, old = _words(p.new.to(p.old.dtype).contiguous()), self._old[p.spec.name]
-            at = (new != old.to(new.device)).nonzero().squeeze(1)
+            at = _differing(new, old.to(new.device), capacity)
+            if at is None:
+                return None
             if not at.numel():
                 continue
             capacity -= at.numel()
-            if capacity < 0:
-                return None
             specs.append(p.spec)
             counts.append(at.numel())
             indices.append(at.to(index))
@@ -128,6 +128,24 @@ class TorchPart:
         for spec, indices, values in group.rows():
             old = self._old[spec.name]
             old[indices.long().to(old.device)] = values.to(old.device)
+
+
+def _differing(new: torch.Tensor, old: torch.Tensor, most: int) -> torch.Tensor | None:
+    """Where two 1-d tensors of words differ, int64, ascending; None if in more than `most` places.
+    Eight bytes at a time first: hardly any do."""
+    per = 8 // new.element_size()
+    n = new.numel() // per * per
+    if per > 1 and not (new.storage_offset() % per or old.storage_offset() % per):
+        wide = (new[:n].view(torch.int64) != old[:n].view(torch.int64)).nonzero().squeeze(1)
+        if wide.numel() > most:
+            return None
+        near = (wide[:, None] * per + torch.arange(per, device=new.device)).view(-1)
+        rest = torch.arange(n, new.numel(), device=new.device)
+        near = torch.cat([near, rest])
+        at = near[new[near] != old[near]]
+    else:
+        at = (new != old).nonzero().squeeze(1)
+    return None if at.numel() > most else at
 
 
 def _words(t: torch.Tensor) -> torch.Tensor:
