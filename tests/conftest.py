@@ -13,6 +13,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ["OMP_NUM_THREADS"] = "1"  # how many threads compute changes bits
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    from tests.support import forked
+
+    if any(item.get_closest_marker("server") for item in session.items):
+        forked.expect_vllm()
+
+
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """`checkpoint("qwen3", seed, tied=False)` → folder with weights and tokenizer."""

@@ -16,6 +16,7 @@ import torch
 
 from tests.drills.load import Model
 from tests.support import toy_replica
+from tests.support.forked import forked
 from tests.support.trainer import BUFFER
 from vllm_wt_plugin import WeightSync, WeightSyncError
 
@@ -43,11 +44,8 @@ class Trainer:
     """The process, and what it says; `first`: the version it begins with."""
 
     def __init__(self, kind: str, urls: Sequence[str], first: int, way: str) -> None:
-        context = multiprocessing.get_context("forkserver")
-        self.says, mouth = context.Pipe(duplex=False)
-        args = (mouth, kind, list(urls), first, way)
-        self._process = context.Process(target=_push, args=args, daemon=True)
-        self._process.start()
+        self.says, mouth = multiprocessing.Pipe(duplex=False)
+        self._process = forked(_push, mouth, kind, list(urls), first, way)
         mouth.close()
 
     def signal(self, number: int) -> None:

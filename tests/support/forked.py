@@ -9,6 +9,7 @@ read its settings by then (one thread, tests/conftest.py).
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import runpy
@@ -20,8 +21,25 @@ from pathlib import Path
 from typing import Any
 
 _CONTEXT = multiprocessing.get_context("forkserver")
+VLLM = "tests.support.forked_imports"
+_ahead = ["torch._dynamo", "uvicorn", "fastapi", "tests.support.toy_replica"]
 Pipe = _CONTEXT.Pipe
 MODULE = "vllm.entrypoints.openai.api_server"
+
+
+def expect_vllm() -> None:
+    """Import vLLM ahead. A test process has one server of forks for all its tests, which imports
+    when it is first needed, by whichever of them."""
+    _ahead[:] = [VLLM]
+
+
+def forked(target: Callable[..., None], *args: object) -> BaseProcess:
+    """`target`, running in a process forked from one that has imported everything: torch alone
+    takes seconds."""
+    _CONTEXT.set_forkserver_preload(_ahead)
+    process = _CONTEXT.Process(target=target, args=args, daemon=True)
+    process.start()
+    return process
 
 
 def start(
@@ -29,7 +47,8 @@ def start(
 ) -> BaseProcess:
     """Run `target(*args)` in a process and session of its own, with exactly this environment, in
     the folder of the `log` that its output is appended to."""
-    _CONTEXT.set_forkserver_preload(["tests.support.forked_imports"])
+    expect_vllm()
+    _CONTEXT.set_forkserver_preload(_ahead)
     process = _CONTEXT.Process(target=_become, args=(target, args, dict(env), log))
     process.start()
     return process
@@ -49,6 +68,7 @@ def api_server_anew(*args: str) -> None:
 
 def fork_engines() -> None:
     """vLLM's CPU platform asks for spawned engine cores and workers; fork them instead."""
+    importlib.import_module(VLLM)  # where it was not expected
     for name, module in list(sys.modules.items()):
         if name.startswith("vllm.") and hasattr(module, "get_mp_context"):
             module.get_mp_context = lambda: multiprocessing.get_context("fork")

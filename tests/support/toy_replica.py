@@ -7,19 +7,17 @@ core answers one call after another, as vLLM's does, and every rank of it lives 
 from __future__ import annotations
 
 import asyncio
-import multiprocessing
 import os
 import signal
 import socket
 import time
-from collections.abc import Callable
-from multiprocessing.process import BaseProcess
 from types import SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self
 
 import httpx
 import torch
 
+from tests.support.forked import forked
 from tests.unit import toys
 
 
@@ -36,16 +34,6 @@ class Model(toys.Whole):
 def weights(seed: int) -> dict[str, torch.Tensor]:
     """The checkpoint of a seed."""
     return toys.checkpoint(Model(), seed)
-
-
-def forked(target: Callable[..., None], *args: object) -> BaseProcess:
-    """`target`, running in a process forked from one that has imported everything: torch alone
-    takes seconds."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch._dynamo", "uvicorn", "fastapi", __name__])
-    process = context.Process(target=target, args=args, daemon=True)
-    process.start()
-    return process
 
 
 class ToyReplica:

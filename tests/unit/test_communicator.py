@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch._C._distributed_c10d import TCPStore
 
-from tests.support.toy_replica import forked
+from tests.support.forked import forked
 from tests.support.waiting import stopped, until
 from vllm_wt_plugin.errors import TransferError
 from vllm_wt_plugin.transport.backends import Member

@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "__init__.py": {".errors", ".sparse.patch", ".trainer", ".bridge"},
     "_pynccl.py": {".errors", ".transport.pynccl", "torch", "vllm"},
     "_version.py": {".errors", "vllm"},
-    "_vllm.py": {".errors", ".wire.params", ".worker.plan", "torch", "vllm"},
+    "_vllm.py": {".errors", ".wire.params", ".worker.plan", "safetensors", "torch", "vllm"},
     "wire/*": {".errors", ".wire", "msgspec"},
     "sparse/cuda_diff.py": {".sparse", "torch", "triton"},
     "sparse/kernels.py": {".sparse", "torch", "triton"},
