@@ -7,7 +7,7 @@ help:
 	@echo "make demo      reinforcement learning against a live server (about a minute)"
 	@echo "make test      lint, format, types, tests on CPU: what CI runs"
 	@echo "make test-all  the same with the whole test matrix"
-	@echo "make drills    soak, fuzzer and chaos in their long forms (half an hour), into out/drills/"
+	@echo "make drills    soak, fuzzer and chaos in their long forms (a quarter of an hour), into out/drills/"
 	@echo "make test-matrix VLLM=0.31  the tests that meet vLLM's insides, on that version"
 	@echo "make lint      lint, format and types alone"
 	@echo "make docs      the site, into site/ (warnings are errors)"
@@ -26,7 +26,7 @@ test-all:
 	@scripts/test.sh "not gpu and not drill"
 
 drills: setup
-	$(PYTHON_IN_VENV) -m pytest tests/drills -m drill -s
+	$(PYTHON_IN_VENV) -m pytest tests/drills -m drill -n 2 --dist loadfile --durations=9
 
 test-matrix:
 	@scripts/matrix.sh $(VLLM)

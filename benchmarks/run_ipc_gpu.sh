@@ -2,7 +2,7 @@
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
 #   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small fsdp nccl nccl-tests
-#          several-ipc several-nccl bridge-8b bridge-own one-copy dropin
+#          several-ipc several-nccl bridge-8b bridge-own one-copy doctor dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -57,6 +57,7 @@ shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
     dropin) step dropin 400 "passed|failed|^E " $py tests/gpu/test_dropin.py ;;
     one-copy) step one-copy 300 "^ +([0-9]+|end) |ok:|FAILED|Error" \
       python3 examples/one_copy_training.py --out "$out/one-copy" ;;
+    doctor) step doctor 120 "." python3 -m vllm_wt_plugin.cli doctor ;;
     bridge-own) step bridge-own 120 "$rows" \
       python3 -m benchmarks.bridge_gpu --shape tiny --own-segments --out "$out/b" ;;
   esac
