@@ -139,7 +139,7 @@ def bent(draw: st.DrawFn, whole: Json) -> Json:
         node = at(body, where[:-1])
         match draw(st.sampled_from(["odd", "drop", "other", "again"])):
             case "odd":
-                node[where[-1]] = draw(st.sampled_from(ODD))
+                node[where[-1]] = copy.deepcopy(draw(st.sampled_from(ODD)))
             case "drop":
                 del node[where[-1]]
             case "other":
