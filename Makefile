@@ -7,7 +7,7 @@ help:
 	@echo "make demo      reinforcement learning against a live server (about a minute)"
 	@echo "make test      lint, format, types, tests on CPU: what CI runs"
 	@echo "make test-all  the same with the whole test matrix"
-	@echo "make drills    soak, fuzzer and chaos in their long forms (a quarter of an hour), into out/drills/"
+	@echo "make drills    soak, fuzzer and chaos in their long forms (twenty minutes), into out/drills/"
 	@echo "make test-matrix VLLM=0.31  the tests that meet vLLM's insides, on that version"
 	@echo "make lint      lint, format and types alone"
 	@echo "make docs      the site, into site/ (warnings are errors)"
