@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer.base import WeightTransferEngine
@@ -247,8 +247,15 @@ class VllmHost:
             for file in files:
                 with safe_open(file, "pt") as opened:
                     names.update(opened.keys())
-        # No such method, folder or format any more: a push is then checked without.
-        except Exception as exc:
+        # No such method, folder or format (any more): a push is then checked without.
+        except (
+            AttributeError,
+            TypeError,
+            ValueError,
+            OSError,
+            RuntimeError,
+            SafetensorError,
+        ) as exc:
             init_logger(__name__).debug(
                 "weight sync: cannot list the engine's own checkpoint: %s", exc
             )

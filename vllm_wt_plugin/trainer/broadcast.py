@@ -40,6 +40,8 @@ from vllm_wt_plugin.wire.messages import (
 from vllm_wt_plugin.wire.nccl import FORMS, checked
 from vllm_wt_plugin.wire.patches import PatchPush
 
+_Done = tuple[dict[str, Outcome], dict[str, WeightSyncError]]  # by replica
+
 
 @dataclass
 class Sent:
@@ -49,6 +51,13 @@ class Sent:
     errors: dict[str, WeightSyncError] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     walked: bool = False  # the source, to its end
+    _last: float = field(default_factory=time.perf_counter)
+
+    def lap(self, phase: str) -> None:
+        """What has passed since the last lap was this phase."""
+        now = time.perf_counter()
+        self.seconds[phase] = self.seconds.get(phase, 0.0) + now - self._last
+        self._last = now
 
 
 class Broadcaster:
@@ -97,7 +106,6 @@ class Broadcaster:
 
     def _try(self, sent: Sent, source: Listing, version: str, clients: list[Client]) -> None:
         names = [c.name for c in clients]
-        laps = _Laps(sent.seconds)
         for attempt in (1, 2):
             try:
                 meeting = self._meet(device_of(source.source), clients)
@@ -105,10 +113,10 @@ class Broadcaster:
                 sent.errors |= shared(names, exc.errors, exc.own)
                 return
             self._outgoing.make_room(meeting.device)
-            laps("meet")
-            update = self._next(meeting, clients)
-            way = self._in_one if self._is_known(update, source, clients) else self._in_three
-            done, errors = way(update, sent, source, version, clients, laps)
+            sent.lap("meet")
+            update = self._next(meeting, source, version, clients)
+            way = self._in_one if self._is_known(update) else self._in_three
+            done, errors = way(update, sent)
             again = attempt == 1 and _restarted(errors) and not done
             if not again or (sent.walked and gathering(source)):
                 break
@@ -125,7 +133,9 @@ class Broadcaster:
             self._meeting = m = meet(self._pool, clients, self.options, device)
         return m
 
-    def _next(self, meeting: Meeting, clients: list[Client]) -> Update:
+    def _next(
+        self, meeting: Meeting, source: Listing, version: str, clients: list[Client]
+    ) -> Update:
         a, verify = self._announcement, self.options.verify
         if a is None:
             raise RuntimeError("_announce() comes first")
@@ -134,58 +144,44 @@ class Broadcaster:
             owner=self._owner, announced=a.id, group=meeting.id, verify=verify, round=self._round
         )
         names = checked(a.specs, verify, self._round)
-        return Update(meeting, body, {n: self._forms(n, clients) for n in names})
+        forms = {n: self._forms(n, clients) for n in names}
+        return Update(meeting, source, version, clients, body, forms)
 
-    def _is_known(self, update: Update, source: Listing, clients: list[Client]) -> bool:
+    def _is_known(self, update: Update) -> bool:
         """Whether every replica can take it in one request. Not if the source is walked: a
         replica may yet refuse, and a walk cannot be had again."""
-        known = all(self._known.get(c.name) == update.body.announced for c in clients)
-        return known and source.tensors is not None and len(update.forms) <= FORMS
+        known = all(self._known.get(c.name) == update.body.announced for c in update.clients)
+        return known and update.source.tensors is not None and len(update.forms) <= FORMS
 
-    def _in_one(
-        self,
-        update: Update,
-        sent: Sent,
-        source: Listing,
-        version: str,
-        clients: list[Client],
-        laps: _Laps,
-    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+    def _in_one(self, update: Update, sent: Sent) -> _Done:
         """Every replica begins, receives and commits in one request; no bucket is sent before all
         of them have begun."""
-        own = self._outgoing.send(update, source, together=True)
+        own = self._outgoing.send(update, together=True)
         requests = {
             c.name: BroadcastPush(
-                replace(update.body, session=secrets.token_hex(16)), version, update.forms
+                replace(update.body, session=secrets.token_hex(16)), update.version, update.forms
             )
-            for c in clients
+            for c in update.clients
         }
-        done, errors = self._ask(update.meeting, own, requests, clients)
-        laps("broadcast")
-        return done, errors
+        found = self._ask(update.meeting, own, requests, update.clients)
+        sent.lap("broadcast")
+        return found
 
-    def _in_three(
-        self,
-        update: Update,
-        sent: Sent,
-        source: Listing,
-        version: str,
-        clients: list[Client],
-        laps: _Laps,
-    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+    def _in_three(self, update: Update, sent: Sent) -> _Done:
         """Each step once all replicas have done the one before."""
+        clients, version = update.clients, update.version
         sessions, errors = self._start(update.body, clients)
-        laps("start")
+        sent.lap("start")
         if errors:
             self._abort(clients, sessions, f"another replica refused: {min(errors)}")
             return {}, shared([c.name for c in clients], errors, None)
         update.names = {n: self._forms(n, clients) for n in update.names}  # now they are known
         sent.walked = True
-        sums, errors = self._transfer(update, source, clients, sessions)
-        laps("broadcast")
+        sums, errors = self._transfer(update, sessions)
+        sent.lap("broadcast")
         good = [c for c in clients if c.name not in errors]
         done, late = ask(self._pool, good, lambda c: self._finish(c, version, sessions, sums))
-        laps("finish")
+        sent.lap("finish")
         return done, errors | late
 
     def _start(
@@ -205,21 +201,21 @@ class Broadcaster:
         return ask(self._pool, clients, start)
 
     def _transfer(
-        self, update: Update, source: Listing, clients: list[Client], sessions: dict[str, str]
+        self, update: Update, sessions: dict[str, str]
     ) -> tuple[Sums, dict[str, WeightSyncError]]:
         """Broadcast, while every replica receives. Checksums of what was sent; errors."""
-        meeting = update.meeting
+        meeting, clients = update.meeting, update.clients
 
         def failed() -> None:
             meeting.group.abort("a replica failed")
             self._abort(clients, sessions, "the transfer failed")
 
-        own = self._outgoing.send(update, source)
+        own = self._outgoing.send(update)
         futures: dict[str, Future[Any]] = {
             c.name: self._pool.submit(c.receive, sessions[c.name]) for c in clients
         }
         done, errors = gather({OWN: own} | futures, failed)
-        if gathering(source):
+        if gathering(update.source):
             wait([own], self.options.timeout_s)  # ranks that gather with this one are not done yet
         mine = errors.pop(OWN, None)
         if mine is None and not errors:
@@ -234,7 +230,7 @@ class Broadcaster:
         own: Future[Any],
         requests: Mapping[str, BroadcastPush | PatchPush],
         clients: list[Client],
-    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+    ) -> _Done:
         """What each replica makes of its request while `own` sends. Where one fails, so do the
         others, unless they have all that was sent."""
         sessions = {n: r.session for n, r in requests.items()}
@@ -256,9 +252,7 @@ class Broadcaster:
         sent = own.done() and own.exception() is None
         return done, errors if sent else shared(lost, errors, mine)
 
-    def patch(
-        self, patches: PatchSender, clients: list[Client]
-    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+    def patch(self, patches: PatchSender, clients: list[Client]) -> _Done:
         """Loaded patches to every client, in one broadcast and one request to each, which takes
         them, checks them and commits: outcomes and errors, by name."""
         push, data = patches.push, patches.data
@@ -301,16 +295,6 @@ class Broadcaster:
         if meeting is not None:
             meeting.group.close()
         self._known.clear()
-
-
-class _Laps:
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds, self._last = seconds, time.perf_counter()
-
-    def __call__(self, phase: str) -> None:
-        now = time.perf_counter()
-        self._seconds[phase] = self._seconds.get(phase, 0.0) + now - self._last
-        self._last = now
 
 
 def _restarted(errors: dict[str, WeightSyncError]) -> bool:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from vllm_wt_plugin.sparse.checksum import checksum_runs
+from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.filling import Filling, Walk
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.meeting import GroupOptions, Meeting
@@ -28,9 +29,13 @@ Sums = dict[str, dict[str, int]]  # of a name, by the dtype that it was summed i
 
 @dataclass
 class Update:
-    """One update: how it is begun, and the dtypes that each checked name is to be summed in."""
+    """One update: of what, for whom, how it is begun, and the dtypes that each checked name is to
+    be summed in."""
 
     meeting: Meeting
+    source: Listing
+    version: str
+    clients: list[Client]
     body: StartBody
     names: dict[str, set[str]]
 
@@ -60,11 +65,11 @@ class Outgoing:
             self._memory = nccl.buffers(buffer_nbytes(self._buckets), device)
             self._filling = None
 
-    def send(self, update: Update, source: Listing, *, together: bool = False) -> Future[Sums]:
+    def send(self, update: Update, *, together: bool = False) -> Future[Sums]:
         """Begin to broadcast every bucket. `together`: once every rank has begun, and the
         checksums behind the last. Aborts the group where it fails; a source that gathers is walked
         to its end even then."""
-        meeting = update.meeting
+        meeting, source = update.meeting, update.source
         device, after = meeting.device, nccl.current_stream(meeting.device)
 
         def send() -> Sums:

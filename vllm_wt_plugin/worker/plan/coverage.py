@@ -68,14 +68,15 @@ def _short(plan: LoadPlan, host: Host, written: list[Written]) -> dict[str, list
 def _kept(plan: LoadPlan, host: Host, written: list[Written]) -> list[str]:
     """Buffers that no name fills, though the engine's own checkpoint does: it has a name that ends
     like theirs and is not sent (`named_parameters()` leaves out what is trained by other means)."""
-    filled = _filled(plan, host, written)
-    rows = [
-        (name, tensor)
+    buffers = [
+        (name, tensor, tform.key)
         for name, module in host.model.named_modules()
         if (form := host.blueprint.form(module)) is not None
         for tensor, tform in form.buffers.items()
-        if tensor not in form.non_persistent and tform.numel and not filled.get(tform.key)
+        if tensor not in form.non_persistent and tform.numel
     ]
+    filled = _filled(plan, host, written) if buffers else {}  # most models have none
+    rows = [(name, tensor) for name, tensor, key in buffers if not filled.get(key)]
     own = host.checkpoint_names() if rows else frozenset()
     unsent = {n.rpartition(".")[2] for n in own - plan.specs.keys()}
     return [f"{name}.{tensor}" for name, tensor in rows if tensor in unsent]
