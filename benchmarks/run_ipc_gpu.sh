@@ -30,8 +30,8 @@ for name in "$@"; do
     sparse) step sparse 300 "^(diff|accept|apply|push|check|vers)|$rows" \
       python3 -m benchmarks.sparse_gpu --shape 8b --profile --out "$out/b" ;;
     8b) step ipc-8b 330 "$rows" python3 -m benchmarks.ipc_gpu --shape 8b --llm --out "$out/b" ;;
-    moe) step ipc-moe 560 "$rows" \
-      python3 -m benchmarks.ipc_gpu --shape 30b-a3b --out "$out/b" ;;
+    moe) step ipc-moe 430 "$rows" \
+      python3 -m benchmarks.ipc_gpu --shape 30b-a3b --slow-rounds 4 --out "$out/b" ;;
     small) # correctness, side by side: nothing is timed
       step kernels 120 "$said" $py tests/gpu/test_batch.py &
       for kind in dense moe; do
@@ -47,7 +47,7 @@ for name in "$@"; do
 shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
       step fsdp 500 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
         --device cuda --ranks "$n" --config "$config/config.json" --out "$out/fsdp" ;;
-    nccl) step nccl 420 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
+    nccl) step nccl 300 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
     nccl-tests) step nccl-tests 400 "$said" $py -s tests/gpu/test_nccl.py ;;
     several-ipc) step several-ipc 280 "$rows" \
       python3 -m benchmarks.several_gpus --only ipc --out "$out/b" ;;

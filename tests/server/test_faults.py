@@ -113,12 +113,13 @@ def test_killed_in_the_middle(server: Server, twin: Server) -> None:
 
 def test_killed_while_requests_wait(server: Server, twin: Server) -> None:
     """A request that was queued before DIRTY is answered by the healing weights."""
-    with TrainerProcess(server.url, 2, f"start:{LEASE_S}", f"part:0:{HALF}") as victim:
+    lease_s = 3 * LEASE_S  # it must be queued by then, on a busy machine too
+    with TrainerProcess(server.url, 2, f"start:{lease_s}", f"part:0:{HALF}") as victim:
+        answers: list[httpx.Response] = []
+        waiting = threading.Thread(target=lambda: answers.append(_complete(server)))
+        waiting.start()
         victim.kill()
-    answers: list[httpx.Response] = []
-    waiting = threading.Thread(target=lambda: answers.append(_complete(server)))
-    waiting.start()
-    assert until(lambda: server.status()["state"] == "DIRTY", LEASE_S + SLACK_S)
+    assert until(lambda: server.status()["state"] == "DIRTY", lease_s + SLACK_S)
     assert waiting.is_alive()
     push(server, 2, "new")
     waiting.join(20)

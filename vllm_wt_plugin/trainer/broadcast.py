@@ -26,7 +26,7 @@ from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.meeting import OWN, CouldNotMeet, GroupOptions, Meeting, meet
 from vllm_wt_plugin.trainer.patching import PatchSender
-from vllm_wt_plugin.trainer.replicas import ask, culprits, gather, shared
+from vllm_wt_plugin.trainer.replicas import GRACE_S, ask, culprits, gather, shared
 from vllm_wt_plugin.trainer.sending import Outgoing, Sums, Update, gathering, send_bytes, walk
 from vllm_wt_plugin.trainer.source import device_of
 from vllm_wt_plugin.wire.exchange import Outcome
@@ -72,6 +72,8 @@ class Broadcaster:
         self._outgoing = Outgoing((), options)
         self._known: dict[str, str] = {}  # replica → the announcement it holds
         self._round = 0
+        self._aborts: list[Future[None]] = []
+        self._settled_by = 0.0
 
     def push(self, source: Listing, version: str, clients: list[Client]) -> Sent:
         """To every client, in one broadcast. Raises RequestError for a source that cannot be sent;
@@ -174,6 +176,7 @@ class Broadcaster:
         sent.lap("start")
         if errors:
             self._abort(clients, sessions, f"another replica refused: {min(errors)}")
+            self._settle()
             return {}, shared([c.name for c in clients], errors, None)
         update.names = {n: self._forms(n, clients) for n in update.names}  # now they are known
         sent.walked = True
@@ -284,13 +287,22 @@ class Broadcaster:
         return c.finish(FinishBody(version, sessions[c.name], own))
 
     def _abort(self, clients: list[Client], sessions: dict[str, str], reason: str) -> None:
-        """Without waiting: a replica that hangs does not answer."""
-        for c in clients:
-            if c.name in sessions:
-                self._pool.submit(c.abort, sessions[c.name], reason)
+        """Without waiting: `_settle` does."""
+        self._settled_by = time.monotonic() + GRACE_S
+        self._aborts = [
+            self._pool.submit(c.abort, sessions[c.name], reason)
+            for c in clients
+            if c.name in sessions
+        ]
+
+    def _settle(self) -> None:
+        """Until every replica has ended what it was told to, but for those that hang."""
+        wait(self._aborts, max(0.0, self._settled_by - time.monotonic()))
+        self._aborts = []
 
     def close(self) -> None:
         """End the group; the next push makes another. Idempotent."""
+        self._settle()
         meeting, self._meeting = self._meeting, None
         if meeting is not None:
             meeting.group.close()
