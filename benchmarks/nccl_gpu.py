@@ -33,11 +33,13 @@ from vllm_wt_plugin.transport.group import Group, join, listen
 ROUNDS = 10  # of the floor
 
 
-def broadcasts(group: Group, buffer: torch.Tensor, rounds: int) -> list[float]:
-    """Milliseconds of each broadcast of the whole buffer, after a warm-up."""
+def broadcasts(group: Group, buffer: torch.Tensor, rounds: int, each: int) -> list[float]:
+    """Milliseconds of each broadcast of the whole buffer, so many bytes at a time, after a
+    warm-up."""
 
     def once() -> None:
-        pending = group.broadcast(buffer, 60)
+        for part in buffer.split(each):
+            pending = group.broadcast(part, 60)
         while not pending.done():
             time.sleep(1e-4)
 
@@ -54,24 +56,28 @@ def meet(port: int, key: str, rank: int, store: Any) -> Group:
 def peer(port: str, key: str, nbytes: str) -> None:
     """The other end of the floor, in a process of its own."""
     group = meet(int(port), key, 1, None)
-    broadcasts(group, torch.empty(int(nbytes), dtype=torch.uint8, device="cuda:1"), ROUNDS)
+    buffer = torch.empty(int(nbytes), dtype=torch.uint8, device="cuda:1")
+    for each in (len(buffer), GroupOptions.buffer_bytes):
+        broadcasts(group, buffer, ROUNDS, each)
     group.close()
 
 
-def floor_ms(nbytes: int) -> list[float]:
+def floors(result: Result, nbytes: int) -> None:
+    """As many bytes in one broadcast, and in as many as a push takes."""
     store, key = listen("127.0.0.1"), secrets.token_hex(16)
     command = [sys.executable, "-m", "benchmarks.nccl_gpu", "--peer", str(store.port), key]
     process = subprocess.Popen([*command, str(nbytes)])
     try:
         group = meet(store.port, key, 0, store)
         buffer = torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
-        times = broadcasts(group, buffer, ROUNDS)
+        result.add("floor: one broadcast", broadcasts(group, buffer, ROUNDS, nbytes))
+        each = GroupOptions.buffer_bytes
+        result.add("the same, 256 MiB at a time", broadcasts(group, buffer, ROUNDS, each))
         process.wait(60)
         group.close()
     finally:
         process.kill()
     torch.cuda.empty_cache()
-    return times
 
 
 def theirs(result: Result, row: str, url: str, model: Any, rounds: int, step: Any) -> None:
@@ -117,7 +123,7 @@ def main() -> None:
     specs = as_source(model).specs()
     nbytes = sum(s.nbytes for s in specs)
     result = Result(f"nccl-gpu-{a.shape}", facts={"bytes": nbytes, "tensors": len(specs)})
-    result.add("floor: one broadcast", floor_ms(nbytes))
+    floors(result, nbytes)
     small = [p for p in model.parameters() if p.dim() == 1]
     start = [p.clone() for p in small]
 

@@ -17,7 +17,7 @@ step() { # name, seconds, pattern, command...
 }
 py="python3 -m pytest -q -p no:cacheprovider -m gpu"
 said="passed|failed|push|opened|^E "
-rows="^(ours|vLLM|floor|phases|[0-9]+ layers|CLAIM|tokens|WROTE)|Error"
+rows="^(ours|vLLM|floor|the same|phases|[0-9]+ layers|CLAIM|tokens|WROTE)|Error"
 for name in "$@"; do
   case $name in
     sweep) step sweep 90 "GB/s" python3 -m benchmarks.copy_sweep ;;

@@ -12,7 +12,8 @@ import pytest
 
 from tests.server.test_dropin import gloo, update
 from tests.support import models, offline
-from tests.support.server import free_port, vllm_env
+from tests.support.ports import free_port
+from tests.support.server import vllm_env
 from vllm_wt_plugin import WeightSync
 
 ray: Any = pytest.importorskip("ray")

@@ -20,7 +20,8 @@ import torch
 from tests.support import fleet, models
 from tests.support.fleet import TOKEN, push
 from tests.support.offline import Offline, differences
-from tests.support.server import Server, free_port
+from tests.support.ports import free_port
+from tests.support.server import Server
 from tests.support.trainer import trainer, weights
 from tests.support.waiting import until
 from vllm_wt_plugin import WeightSync

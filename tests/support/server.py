@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import socket
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Self
 import httpx
 
 from tests.support import forked
+from tests.support.ports import free_port
 
 START_S = 240.0
 PROMPTS: list[list[int]] = [[5, 6, 7, 8], list(range(20, 60)), [100, 3, 100, 3, 100]]
@@ -137,10 +137,3 @@ class Server:
     def status(self) -> dict[str, Any]:
         data: dict[str, Any] = self.http.get("/weight_transfer_status").json()
         return data
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port: int = s.getsockname()[1]
-        return port

@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import socket
 import time
 from types import SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self
@@ -18,6 +17,7 @@ import httpx
 import torch
 
 from tests.support.forked import forked
+from tests.support.ports import free_port
 from tests.unit import toys
 
 
@@ -41,9 +41,7 @@ class ToyReplica:
     `flip:N:M` only of the one that comes after M others of that number."""
 
     def __init__(self, *faults: str, world: int = 1) -> None:
-        with socket.socket() as s:
-            s.bind(("127.0.0.1", 0))
-            self._args = (s.getsockname()[1], world, *faults)
+        self._args = (free_port(), world, *faults)
         self.url = f"http://127.0.0.1:{self._args[0]}"
         self.http = httpx.Client(base_url=self.url, timeout=30, trust_env=False)
         self.start()
@@ -121,7 +119,7 @@ class _Core:
                     return [await asyncio.to_thread(self._run, args[2][0])]
                 case "is_scheduler_paused":
                     return [self.paused]
-                case "weight_push" | "weight_patch" | "weight_start" | "weight_finish":
+                case _ if method.startswith("weight_"):
                     return [{"busy": True}]
                 case _:
                     return [True]

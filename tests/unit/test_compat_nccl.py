@@ -18,7 +18,7 @@ import torch
 
 import vllm_wt_plugin as wt
 from tests.support.forked import forked
-from tests.support.server import free_port
+from tests.support.ports import free_port
 from tests.support.toy_replica import ToyReplica, weights
 from vllm_wt_plugin.transport import pynccl
 from vllm_wt_plugin.transport.backends import Member

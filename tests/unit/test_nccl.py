@@ -23,6 +23,7 @@ import pytest
 import torch
 
 from tests.support import toy_trainer
+from tests.support.ports import free_port
 from tests.support.toy_replica import ToyReplica, weights
 from tests.support.toy_trainer import BUFFER, Faulty
 from tests.support.waiting import stopped, until
@@ -312,9 +313,7 @@ def test_a_trainer_that_stands_still_past_the_deadline(pair: list[ToyReplica]) -
 @pytest.mark.full  # importing DTensor twice takes longer than all else here
 def test_a_trainer_of_two_ranks(pair: list[ToyReplica]) -> None:
     """Both gather, rank 0 sends; one that is refused walks on, so that the ranks stay in step."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
+    port = free_port()
     urls = [r.url for r in pair]
     ranks = [toy_trainer.start(urls, 3, 20.0, f"sharded:{r}:{port}") for r in range(2)]
     said = [p.communicate(timeout=240)[0] for p in ranks]

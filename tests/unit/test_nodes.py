@@ -3,7 +3,6 @@ toy models behind the real routes."""
 
 from __future__ import annotations
 
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,7 @@ import pytest
 import torch
 
 from tests.support import models
+from tests.support.ports import free_port
 from tests.support.toy_replica import ToyReplica, weights
 from vllm_wt_plugin import RequestError, StateError, TransferError, WeightSyncError
 from vllm_wt_plugin.bridge import BridgeConfig, VLLMWeightBridge, nodes
@@ -134,9 +134,7 @@ def test_a_broadcast_arrives(replica: ToyReplica) -> None:
 
 def test_trainers_meet_and_learn_what_became_of_a_push(replica: ToyReplica) -> None:
     """Two processes: rank 0 alone sends; both wait for it, and raise the same."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
+    port = str(free_port())
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", "tests.unit.test_nodes", str(rank), port, replica.url],

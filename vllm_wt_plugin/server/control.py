@@ -25,6 +25,7 @@ from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import worst
 
 logger = logging.getLogger("vllm.wt.server")
+WATCH_S = 0.2  # into an update, before its lease is first looked at
 
 
 class EngineControl:
@@ -35,6 +36,7 @@ class EngineControl:
         self.metrics = metrics()
         self.dirty = ""  # why requests are refused; as of the last reply
         self._quick = ""  # session of the update that was last opened in one call
+        self._watched = ""  # the last one whose lease is looked at from here
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()  # one resumes while the other has not dropped its caches
 
@@ -104,11 +106,12 @@ class EngineControl:
         return await self._until_gone(self._push_broadcast(push), push.start.session, gone)
 
     async def _push_broadcast(self, push: msg.BroadcastPush) -> exchange.Outcome:
-        start, finish = push.start, push.finish
-        opened = await self._at_once_in_turn("weight_start", start, exchange.start(start))
-        came = await self._in_turn(broadcast.receive(start.session, broadcast.together(push)))
-        done = await self._at_once_in_turn("weight_finish", finish, exchange.finish(finish))
-        return broadcast.in_all(done, opened, came)
+        begun = broadcast.begin(push)
+        steps = [await self._at_once_in_turn("weight_broadcast", push, begun)]
+        while steps[-1].session:  # others, who may abort it, have their turn between two looks
+            go_on = broadcast.go_on(push)
+            steps.append(await self._at_once_in_turn("weight_go_on", push, go_on))
+        return broadcast.in_all(*steps)
 
     async def _until_gone(
         self,
@@ -144,10 +147,11 @@ class EngineControl:
                 error = from_dict(reply.error or {})
                 error.rolled_back = reply.rolled_back
                 raise error
-            if reply.outcome.session:
-                self._spawn(self._watch_session(reply.outcome.session))
-            else:
+            if not reply.outcome.session:
                 self.dirty = ""
+            elif reply.outcome.session != self._watched:
+                self._watched = reply.outcome.session
+                self._spawn(self._watch_session(self._watched))
             return reply.outcome
 
     async def _drive(self, steps: exchange.Steps) -> exchange.Outcome:
@@ -236,6 +240,7 @@ class EngineControl:
     # ---- leases -----------------------------------------------------------------------
 
     async def _watch_session(self, session: str) -> None:
+        await asyncio.sleep(WATCH_S)  # not in the way of an update that is short
         states = [r.state for r in await self.call(msg.Status())]
         mine = next((s for s in states if s.session == session), None)
         if mine is not None:

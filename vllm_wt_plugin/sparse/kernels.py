@@ -93,7 +93,9 @@ def _scatter(  # type: ignore[no-untyped-def]
         offset = tl.zeros([TILE], tl.int64)
         for d in tl.static_range(DIMS):
             stride = tl.load(row + 3 + 3 * d).to(index.dtype)
-            step = rest // stride
+            step = rest
+            if stride != 1:  # most tensors are one run: a division takes as long as the memory
+                step = rest // stride
             inside = inside & (step < tl.load(row + 2 + 3 * d))
             offset += step.to(tl.int64) * tl.load(row + 4 + 3 * d)
             rest = rest - step * stride

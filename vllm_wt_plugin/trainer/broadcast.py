@@ -28,7 +28,6 @@ from vllm_wt_plugin.trainer.meeting import OWN, CouldNotMeet, GroupOptions, Meet
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.replicas import GRACE_S, ask, culprits, gather, shared
 from vllm_wt_plugin.trainer.sending import Outgoing, Sums, Update, gathering, send_bytes, walk
-from vllm_wt_plugin.trainer.source import device_of
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.messages import (
     Announcement,
@@ -110,7 +109,7 @@ class Broadcaster:
         names = [c.name for c in clients]
         for attempt in (1, 2):
             try:
-                meeting = self._meet(device_of(source.source), clients)
+                meeting = self._meet(source.device, clients)
             except CouldNotMeet as exc:
                 sent.errors |= shared(names, exc.errors, exc.own)
                 return

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
-from vllm_wt_plugin.trainer.source import Source, as_source, fingerprint
+from vllm_wt_plugin.trainer.source import Source, as_source, device_of, fingerprint
 from vllm_wt_plugin.wire.params import ParamSpec
 
 
@@ -20,6 +21,11 @@ class Listing:
     specs: tuple[ParamSpec, ...]
     tensors: list[tuple[str, Tensor]] | None
     marks: list[tuple[object, ...]] | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the tensors are, or will be."""
+        return self.tensors[0][1].device if self.tensors else device_of(self.source)
 
     def __iter__(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self.source if self.tensors is None else self.tensors)

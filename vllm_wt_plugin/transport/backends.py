@@ -119,6 +119,7 @@ class Nccl:
         )  # fmt: skip
         before = {k: os.environ.get(k) for k in quiet}
         os.environ.update(quiet)  # read by the constructor
+        self._arrived = torch.cuda.Stream()
         try:
             return dist.ProcessGroupNCCL(
                 PrefixStore("nccl", keys), self._at.rank, self._at.world_size, options
@@ -133,7 +134,8 @@ class Nccl:
         return timedelta(days=1)
 
     def pending(self, work: Any) -> Pending:
-        return _NcclWork(work)
+        with torch.cuda.stream(self._arrived):
+            return _NcclWork(work)
 
     def abort(self, made: Any) -> None:
         made.abort()
@@ -155,7 +157,10 @@ class Passed:
 
 
 class _NcclWork(Passed):
-    """With an error that NCCL noticed, the GPU never gets there."""
+    """With an error that NCCL noticed, the GPU never gets there.
+
+    Made on a stream of its own: on the one that starts broadcasts the next would begin only once
+    this one's end has gone from stream to stream, instead of right behind it."""
 
     GRACE_S = 1.0
 

@@ -29,6 +29,7 @@ from vllm_wt_plugin.transport.backends import Gloo, Member, Nccl, Pending, first
 
 T = TypeVar("T")
 ATTEMPT_S = 2.0  # one try to connect to the store; it cannot be interrupted
+LATE_S = 2.0
 FREE_S = 1.0  # torch's threads, where they end at all, do so within milliseconds
 _groups: weakref.WeakSet[Group] = weakref.WeakSet()
 _ends: weakref.WeakKeyDictionary[threading.Thread, Callable[[], object]]
@@ -84,10 +85,11 @@ def join(
 ) -> Group:
     """Meet the others and connect. Collective; rank 0 brings the `store` it listens with.
 
-    Blocking, at most `timeout_s`; less if `stop` is set. Raises TransferError that names the ranks
-    which have not come.
+    Blocking, at most `timeout_s` on rank 0, which knows who has not come, and a moment longer on
+    the others, so that they hear it; less if `stop` is set. Raises TransferError that names the
+    ranks which have not come.
     """
-    wait = Patience(at, timeout_s, stop)
+    wait = Patience(at, timeout_s if at.rank == 0 else timeout_s + LATE_S, stop)
     # What is made here belongs to the device, which a new thread does not know.
     on = torch.cuda.device(device) if device.type == "cuda" else nullcontext()
     with told(f"rank {at.rank}"), on:

@@ -58,6 +58,7 @@ class Sender:
     ) -> None:
         self._group, self._memory, self._buckets, self._ahead = group, memory, buckets, ahead
         self._barrier = barrier
+        self._met: Pending | None = None
         self._timeout_s, self._deadline = timeout_s, time.monotonic() + timeout_s
         self._pending: deque[Pending] = deque()
         self._last: deque[Pending] = deque(maxlen=len(memory))  # sent from each buffer
@@ -80,21 +81,25 @@ class Sender:
         return self._memory[self._begun % len(self._memory)]
 
     def send(self, nbytes: int) -> None:
-        """Broadcast the first bytes of `buffer()`; does not wait, but for a barrier."""
+        """Broadcast the first bytes of `buffer()`. Waits for a barrier, if a stream cannot."""
         barrier, self._barrier = self._barrier, None
-        if barrier is not None:
-            self._until(barrier(self._left_s), "the update", "was not begun by")
         data = self._memory[self._begun % len(self._memory)][:nbytes]
         with on_side_stream(data.device, "send", after=current_stream(data.device)):
+            if barrier is not None:
+                self._met = barrier(self._left_s)
+                if not self._met.order():
+                    self._all_begun()
             pending = self._group.broadcast(data, self._left_s)
         self._pending.append(pending)
         self._last.append(pending)
         self._begun += 1
 
     def put(self, data: torch.Tensor) -> None:
-        """Send these bytes (uint8, on any device) as the next bucket, once the others are there."""
-        self.drain()  # a copy from the host would wait for them without a deadline
-        self.buffer()[: len(data)].copy_(data)
+        """Send these bytes (uint8, of the host) as the next bucket."""
+        place = self.buffer()[: len(data)]
+        if place.is_cuda:  # from other memory a copy waits, and knows no deadline
+            data = data.pin_memory()
+        place.copy_(data, non_blocking=True)
         self.send(len(data))
 
     def drain(self) -> None:
@@ -102,7 +107,13 @@ class Sender:
         while self._pending:
             self._oldest()
 
+    def _all_begun(self) -> None:
+        met, self._met = self._met, None
+        if met is not None:
+            self._until(met, "the update", "was not begun by")
+
     def _oldest(self) -> None:
+        self._all_begun()
         what = f"bucket {self.arrived + 1}" + f" of {self._buckets}" * bool(self._buckets)
         self._until(self._pending[0], what, "was not taken by")
         self._pending.popleft()
@@ -210,7 +221,9 @@ class Receiver:
 
     def _receive(self) -> None:
         if self._barrier is not None:
-            self._meet(self._barrier(self._left_s))
+            met = self._barrier(self._left_s)
+            if not met.order():
+                self._meet(met)
         pending: deque[Pending] = deque()
         begun, pauses = 0, _pauses()
 

@@ -118,24 +118,41 @@ def receive(
 def push_weights(push: msg.BroadcastPush) -> Steps:
     """A whole dense update that is broadcast."""
     push.check()
-    opened = yield from exchange.start(push.start)
-    came = yield from receive(opened.session, together(push))
-    done = yield from exchange.finish(push.finish)
-    return in_all(done, opened, came)
+    steps = [(yield from begin(push))]
+    while steps[-1].session:
+        yield Rest()
+        steps.append((yield from go_on(push)))
+    return in_all(*steps)
 
 
-def together(push: msg.BroadcastPush) -> Receive:
-    """How the buckets of `push` are taken."""
-    return Receive(push.start.session, together=True, forms=push.forms)
+def begin(push: msg.BroadcastPush) -> Steps:
+    """Open the update of `push`, and begin to receive it."""
+    s = push.start
+    return exchange.start(s, Receive(s.session, together=True, forms=push.forms))
 
 
-def in_all(done: Outcome, *before: Outcome) -> Outcome:
+def go_on(push: msg.BroadcastPush) -> Steps:
+    """Take what has come of it, and commit once that is all: it is open as long as the outcome
+    says a session."""
+    session = push.start.session
+    try:
+        replies = yield from _look(session)
+    except Exception as exc:
+        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
+        raise
+    came = Outcome(replies[0].state.version, slowest(replies), None, session)
+    if _coming(replies):
+        return came
+    return in_all(came, (yield from exchange.finish(push.finish)))
+
+
+def in_all(*steps: Outcome) -> Outcome:
     """The last of several steps, with the seconds of all."""
     seconds: dict[str, float] = {}
-    for step in (*before, done):
+    for step in steps:
         for phase, s in step.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + s
-    return replace(done, seconds=seconds)
+    return replace(steps[-1], seconds=seconds)
 
 
 def push_patches(push: PatchPush) -> Steps:
@@ -157,15 +174,26 @@ def _arrive(
 ) -> Generator[Action, Any, tuple[list[Reply], dict[str, float]]]:
     """Look at what was begun until every rank has all of it; the last replies, and seconds."""
     seconds: dict[str, float] = {}
+    while _coming(replies):
+        yield Rest()
+        replies = yield from _look(session)
+        for phase, s in slowest(replies).items():
+            seconds[phase] = seconds.get(phase, 0.0) + s
+    return replies, seconds
+
+
+def _look(session: str) -> Generator[Action, Any, list[Reply]]:
+    """Have every rank take what is there."""
     try:
-        while any(r.info["receiving"] for r in replies):
-            yield Rest()
-            replies = yield Call((Progress(session),))
-            agree(replies)
-            for phase, s in slowest(replies).items():
-                seconds[phase] = seconds.get(phase, 0.0) + s
+        replies: list[Reply] = yield Call((Progress(session),))
+        agree(replies)
     except NoUpdate as exc:  # between two looks somebody else has ended it
         now = yield Call((msg.Status(),))
         why = next((r.state.reason for r in now if r.state.reason), "it was aborted")
         raise TransferError(why, next_step="push again") from exc
-    return replies, seconds
+    return replies
+
+
+def _coming(replies: list[Reply]) -> bool:
+    """Whether there is more to come."""
+    return any(r.info["receiving"] for r in replies)

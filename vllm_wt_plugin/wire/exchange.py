@@ -199,8 +199,9 @@ def _end_turn(replies: list[Reply]) -> Generator[Action, Any, None]:
         yield Call(tuple(msg.EndTurn(s) for s in sorted(sessions)))
 
 
-def start(body: msg.StartBody) -> Steps:
-    """Open an update of several calls. Pauses the engine, unless it is paused already."""
+def start(body: msg.StartBody, *more: msg.Verb) -> Steps:
+    """Open an update of several calls, with `more` verbs in the first of them. Pauses the engine,
+    unless it is paused already."""
     session = body.session or secrets.token_hex(16)
     was_paused = bool((yield IsPaused()))
     replies: list[Reply] = []
@@ -211,7 +212,7 @@ def start(body: msg.StartBody) -> Steps:
         )
         if body.announced is not None:
             verbs += (_announce(session, body),)
-        replies = yield Call(verbs)
+        replies = yield Call(verbs + more)
         report = agree(replies, body.announce.specs if body.announce is not None else ())
         yield from _still_paused(was_paused, replies)
         if not was_paused:

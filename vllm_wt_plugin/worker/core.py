@@ -3,7 +3,7 @@
 The core runs a utility call between two steps and nothing else meanwhile. While no request is
 under way, the exchange (begin, check, copy, commit, caches) can therefore run there without a
 round trip to the API server for each of its steps: 5 ms less beside the data. The two ends of an
-update in place (the bridge's) go the same way.
+update in place (the bridge's), and of a broadcast, go the same way.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.engine.core import EngineCore
 
 from vllm_wt_plugin.errors import RequestError
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.patches import PatchPush
 
@@ -50,10 +50,14 @@ def _in_one_call(kind: type[T], steps: Callable[[T], exchange.Steps]) -> Callabl
     return method
 
 
-weight_push = _in_one_call(msg.PushRequest, exchange.push)
-weight_patch = _in_one_call(PatchPush, exchange.push)
-weight_start = _in_one_call(msg.StartBody, exchange.start)
-weight_finish = _in_one_call(msg.FinishBody, exchange.finish)
+METHODS = {
+    "weight_push": _in_one_call(msg.PushRequest, exchange.push),
+    "weight_patch": _in_one_call(PatchPush, exchange.push),
+    "weight_broadcast": _in_one_call(msg.BroadcastPush, broadcast.begin),
+    "weight_go_on": _in_one_call(msg.BroadcastPush, broadcast.go_on),
+    "weight_start": _in_one_call(msg.StartBody, exchange.start),
+    "weight_finish": _in_one_call(msg.FinishBody, exchange.finish),
+}
 
 
 def _busy(core: Any) -> bool:

@@ -99,6 +99,7 @@ class PackedUpdate:
         self.received: dict[str, int] = {n: 0 for n in self._checked if n in computed}
         # Names that are one tensor: sums of what comes, which say whether it is the same.
         self._tied = {s.name: 0 for pair in announced.plan.must_equal for s in pair}
+        self._read = announced.plan.computed_names | self.received.keys() | self._tied.keys()
 
     def expect_sums(self, forms: tuple[str, ...]) -> None:
         """Of the checked names, in each of these forms, behind the last bucket."""
@@ -130,8 +131,7 @@ class PackedUpdate:
         """All that the expected bucket needs, where that is copies which were made before."""
         a = self._announced
         names = (p.spec.name for p in a.buckets[self._next])
-        computed = a.plan.computed_names | self.received.keys() | self._tied.keys()
-        return a.batches.get(self._next) if computed.isdisjoint(names) else None
+        return a.batches.get(self._next) if self._read.isdisjoint(names) else None
 
     def receive(self) -> None:
         """Copy the expected bucket, or read what is behind the last."""

@@ -69,10 +69,8 @@ def _register() -> None:
         _vllm.wrap(core, "resume_scheduler", _refuse_dirty)
         _vllm.wrap(core, "sleep", _refuse_attached)
         _vllm.wrap(core, "set_weight_version", _name)
-        core.weight_push = in_core.weight_push
-        core.weight_patch = in_core.weight_patch
-        core.weight_start = in_core.weight_start
-        core.weight_finish = in_core.weight_finish
+        for name, method in in_core.METHODS.items():
+            setattr(core, name, method)
     try:
         for name in msg.BACKENDS:
             _vllm.swap_engine(name, IPCEngine)
