@@ -45,7 +45,7 @@ for name in "$@"; do
       config=/tmp/wt-fsdp
       python3 -c "import pathlib; from benchmarks import shapes
 shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
-      step fsdp 500 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
+      step fsdp 330 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
         --device cuda --ranks "$n" --config "$config/config.json" --out "$out/fsdp" ;;
     nccl) step nccl 300 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
     nccl-tests) step nccl-tests 400 "$said" $py -s tests/gpu/test_nccl.py ;;
