@@ -72,7 +72,8 @@ def floors(result: Result, nbytes: int) -> None:
         buffer = torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
         result.add("floor: one broadcast", broadcasts(group, buffer, ROUNDS, nbytes))
         each = GroupOptions.buffer_bytes
-        result.add("the same, 256 MiB at a time", broadcasts(group, buffer, ROUNDS, each))
+        row = f"the same, {each >> 20} MiB at a time"
+        result.add(row, broadcasts(group, buffer, ROUNDS, each))
         process.wait(60)
         group.close()
     finally:

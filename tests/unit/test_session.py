@@ -26,6 +26,7 @@ from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.worker import known
 from vllm_wt_plugin.worker import session as module
 from vllm_wt_plugin.worker.known import KEEP
+from vllm_wt_plugin.worker.plan import update
 from vllm_wt_plugin.worker.session import WorkerSession
 
 A, B, C = ("a" * 32, "b" * 32, "c" * 32)
@@ -190,6 +191,21 @@ def test_a_second_push_sends_no_table_and_makes_no_plan(worker: Worker) -> None:
     other = worker.host.model.get_parameter("mla.other.weight")
     assert torch.equal(other, worker.trainer(2).tensors["mla.other.weight"])
     assert worker.ok(msg.Status()).info["registrations"] == [reg.id]
+
+
+def test_a_push_at_once_looks_at_no_tensor_by_itself(
+    worker: Worker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each time it takes longer than to copy them all, where an MoE has 11,000."""
+    worker.push(2)
+
+    def walked(*args: Any) -> Any:
+        raise AssertionError("the tensors are walked once more")
+
+    monkeypatch.setattr(update, "_copies", walked)
+    worker.push(3)
+    worker.push(2)
+    assert worker.holds(2)
 
 
 def test_back_and_forth(worker: Worker) -> None:

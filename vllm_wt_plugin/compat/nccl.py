@@ -140,7 +140,7 @@ class NCCLWeightTransferEngine(WeightTransferEngine):
 
         try:
             yield wait
-        except BaseException as exc:
+        except BaseException as exc:  # raised again: an interrupt too must end the transfer
             receiver.abort(f"the update failed: {exc}")
             self.shutdown()
             raise

@@ -36,7 +36,6 @@ class EngineControl:
         self.metrics = metrics()
         self.dirty = ""  # why requests are refused; as of the last reply
         self._quick = ""  # session of the update that was last opened in one call
-        self._watched = ""  # the last one whose lease is looked at from here
         self._tasks: set[asyncio.Task[Any]] = set()
         self._turn = asyncio.Lock()  # one resumes while the other has not dropped its caches
 
@@ -76,9 +75,7 @@ class EngineControl:
         """Open an update; one in place, or that is broadcast, in one call of an idle core."""
         if body.attached is None and body.group is None:
             return await self.run(exchange.start(body))
-        outcome = await self._at_once("weight_start", body, exchange.start(body))
-        self._quick = outcome.session
-        return outcome
+        return await self._at_once("weight_start", body, exchange.start(body))
 
     async def finish(self, body: msg.FinishBody) -> exchange.Outcome:
         """Commit the open update; one that began so in one call of an idle core."""
@@ -149,9 +146,9 @@ class EngineControl:
                 raise error
             if not reply.outcome.session:
                 self.dirty = ""
-            elif reply.outcome.session != self._watched:
-                self._watched = reply.outcome.session
-                self._spawn(self._watch_session(self._watched))
+            elif reply.outcome.session != self._quick:
+                self._quick = reply.outcome.session
+                self._spawn(self._watch_session(self._quick))
             return reply.outcome
 
     async def _drive(self, steps: exchange.Steps) -> exchange.Outcome:

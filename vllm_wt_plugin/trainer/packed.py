@@ -71,7 +71,7 @@ class PackedSender:
             with self.ranks.step():
                 if leads:
                     _add(seconds, client.finish(FinishBody(version, session)).seconds)
-        except BaseException:
+        except BaseException:  # raised again: an interrupt too must leave no update open
             if session:
                 client.abort(session, "the trainer failed while it sent packed buckets")
             raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Generator
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -31,6 +31,8 @@ from vllm_wt_plugin.wire.nccl import (
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
+
+T = TypeVar("T")
 
 
 def join(info: dict[str, Any]) -> Steps:
@@ -77,10 +79,18 @@ def _or_leave(steps: Steps, session: str) -> Steps:
     """`steps` of a trainer that may be sending already: where they fail, what it sent must not be
     taken for the next update's, so the group ends, and with it the trainer's wait."""
     try:
-        return (yield from steps)
-    except Exception as exc:
-        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
+        return (yield from _or_abort(steps, session))
+    except Exception:
         yield Call((Leave(),))
+        raise
+
+
+def _or_abort(steps: Generator[Action, Any, T], session: str) -> Generator[Action, Any, T]:
+    """`steps` of an open update; where they fail, it is ended."""
+    try:
+        return (yield from steps)
+    except Exception as exc:  # raised again
+        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
         raise
 
 
@@ -105,13 +115,13 @@ def receive(
     session: str = "", begin: msg.Verb | None = None, specs: tuple[ParamSpec, ...] = ()
 ) -> Steps:
     """All buckets of the open, announced update, through its trainer's group."""
-    try:
+
+    def all_of_it() -> Generator[Action, Any, tuple[list[Reply], dict[str, float]]]:
         replies = yield Call((begin or Receive(session),))
         agree(replies, specs)
-        replies, seconds = yield from _arrive(session, replies)
-    except Exception as exc:
-        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
-        raise
+        return (yield from _arrive(session, replies))
+
+    replies, seconds = yield from _or_abort(all_of_it(), session)
     return Outcome(replies[0].state.version, seconds, None)
 
 
@@ -135,11 +145,7 @@ def go_on(push: msg.BroadcastPush) -> Steps:
     """Take what has come of it, and commit once that is all: it is open as long as the outcome
     says a session."""
     session = push.start.session
-    try:
-        replies = yield from _look(session)
-    except Exception as exc:
-        yield from exchange.abort(msg.AbortBody(str(exc)[:4096], session))
-        raise
+    replies = yield from _or_abort(_look(session), session)
     came = Outcome(replies[0].state.version, slowest(replies), None, session)
     if _coming(replies):
         return came
