@@ -34,7 +34,9 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     _model("dense", 0, "cpu").save_pretrained(folder / "old")
     args = ("--skip-tokenizer-init", "--enable-scale-out", "--gpu-memory-utilization", "0.15")
     env = {"WT_TOKEN": TOKEN, "VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
-    with Server(folder / "old", folder / "server.log", args=args, env=env) as started:
+    log = folder / "server.log"
+    # Anew: in a fork of what has imported Triton, its kernels take no pointers.
+    with Server(folder / "old", log, args=args, env=env, anew=True) as started:
         started.http.headers["Authorization"] = f"Bearer {TOKEN}"
         yield started
 
