@@ -2,7 +2,7 @@
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
 #   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small fsdp nccl nccl-tests
-#          several-ipc several-nccl bridge-8b bridge-own one-copy doctor dropin
+#          several bridge-8b bridge-own one-copy doctor dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
 out=${OUT:-/tmp}
@@ -45,14 +45,13 @@ for name in "$@"; do
       config=/tmp/wt-fsdp
       python3 -c "import pathlib; from benchmarks import shapes
 shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
-      step fsdp 330 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
-        --device cuda --ranks "$n" --config "$config/config.json" --out "$out/fsdp" ;;
+      step fsdp 540 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
+        --device cuda --ranks "$n" --config "$config/config.json" --out "$config/out"
+      [ ! -e "$config/out/seconds.json" ] || step fsdp-result 60 "$rows" \
+        python3 -m benchmarks.several_gpus --fsdp "$config/out/seconds.json" --out "$out/b" ;;
     nccl) step nccl 300 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
     nccl-tests) step nccl-tests 400 "$said" $py -s tests/gpu/test_nccl.py ;;
-    several-ipc) step several-ipc 280 "$rows" \
-      python3 -m benchmarks.several_gpus --only ipc --out "$out/b" ;;
-    several-nccl) step several-nccl 400 "$rows" \
-      python3 -m benchmarks.several_gpus --only nccl --out "$out/b" ;;
+    several) step several 330 "$rows" python3 -m benchmarks.several_gpus --out "$out/b" ;;
     bridge-8b) step bridge-8b 200 "$rows" python3 -m benchmarks.bridge_gpu --shape 8b --out "$out/b" ;;
     dropin) step dropin 400 "passed|failed|^E " $py tests/gpu/test_dropin.py ;;
     one-copy) step one-copy 300 "^ +([0-9]+|end) |ok:|FAILED|Error" \

@@ -2,16 +2,19 @@
 
     python -m benchmarks.several_gpus --out benchmarks/results [--shape 8b] [--rounds 12]
         [--only ipc|nccl]
+    python -m benchmarks.several_gpus --fsdp seconds.json --out benchmarks/results
 
 The trainer is this process, on GPU 0. Over `ipc` TP=1 runs on GPU 1 and TP=2, 4, … on the first
 2, 4, … GPUs, the trainer's among them: each worker pulls its part. Over `nccl`, where a GPU takes
 one rank, the engines have the GPUs 1, 2, …; vLLM's own `nccl` backend runs beside ours (its `ipc`
-serves the GPU of its trainer alone). At the largest TP one sparse push of 1 %.
+serves the GPU of its trainer alone). At the largest TP one sparse push of 1 %. `--fsdp`:
+no more than to write down what `examples/fsdp_ep_ipc.py --out` measured on this machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -23,13 +26,42 @@ import torch
 
 from benchmarks import engines, shapes
 from benchmarks.ipc_gpu import ours, their_source, timed
-from benchmarks.peer_gpu import peer_floor_ms
+from benchmarks.nccl_gpu import floors
 from benchmarks.result import Result
 from benchmarks.sparse_gpu import Flips
 from vllm_wt_plugin import WeightSync, as_source
 
 PORT = 8130
-MEMORY = 0.25
+MEMORY = 0.2
+WORDS = {2: "two", 4: "four"}  # in the result's name
+
+
+def pulled_floor_ms(nbytes: int, workers: int) -> list[float]:
+    """Copies of what the workers pull from GPU 0, all at once: one on GPU 1 takes all of it, more
+    take a part each, the first on GPU 0 itself. All that goes elsewhere leaves by GPU 0's link."""
+    part, gpus = nbytes // workers, [1] if workers == 1 else list(range(workers))
+    here = torch.empty(nbytes, dtype=torch.uint8, device="cuda:0")
+    parts = here[: part * workers].chunk(workers)
+    there = [torch.empty(part, dtype=torch.uint8, device=f"cuda:{i}") for i in gpus]
+    streams = [torch.cuda.Stream(0) for _ in gpus]  # torch copies on a stream of the source
+
+    def copy() -> None:
+        for stream, part, mine in zip(streams, parts, there, strict=True):
+            with torch.cuda.stream(stream):
+                mine.copy_(part, non_blocking=True)
+        for stream in streams:
+            stream.synchronize()
+
+    return timed(copy, 10)
+
+
+def fsdp(seconds: dict[str, float], result: Result) -> None:
+    """Seconds by phase of the example, which writes them once its engines have said, bit for bit,
+    what a vLLM says that loaded the trainer's checkpoint."""
+    result.facts["axis"] = "milliseconds of each phase"
+    for phase, s in seconds.items():
+        result.add(phase, [s * 1e3])
+    result.claim("bit for bit a fresh load of the checkpoint", 1, 1, at_least=True)
 
 
 def widths(gpus: int) -> list[int]:
@@ -86,11 +118,12 @@ class Bench:
             for k in widths(self.gpus)
         }
         for k in widths(self.gpus):
-            self.result.add(f"floor: 1/{k}, peer copy", peer_floor_ms(self.nbytes // k))
+            self.result.add(f"floor: copies to TP={k}", pulled_floor_ms(self.nbytes, k))
+        torch.cuda.empty_cache()
         self.measured(places, self.ipc_push)
         rows = [self.result.median(row) for row in places]
         for k, ms in zip(widths(self.gpus), rows, strict=True):
-            aim = 1.15 * self.result.median(f"floor: 1/{k}, peer copy") + 5
+            aim = 1.15 * self.result.median(f"floor: copies to TP={k}") + 5
             self.result.claim(f"push ipc, TP={k}, ms", ms, aim)
         self.result.claim(f"ipc, TP={widths(self.gpus)[-1]} faster than TP=1",
                           rows[0] / rows[-1], 1, at_least=True)  # fmt: skip
@@ -123,22 +156,30 @@ class Bench:
 
     def nccl(self) -> None:
         """Trainer on GPU 0, engines on the others: ours and vLLM's own."""
+        floors(self.result, self.nbytes)
+        torch.cuda.empty_cache()
+        mine, theirs = {}, {}
         for k in widths(self.gpus - 1):
             gpus = tuple(range(1, k + 1))
-            mine, theirs = f"ours nccl, TP={k}", f"vLLM nccl, TP={k}"
-            self.measured({mine: (f"TP={k}", "nccl", gpus)}, self.nccl_push)
-            self.measured({theirs: (f"TP={k}", "upstream_nccl", gpus)}, self.their_push)
-            faster = self.result.median(theirs) / self.result.median(mine)
-            self.result.claim(f"faster than vLLM's nccl, TP={k}", faster, 1, at_least=True)
+            mine[f"ours nccl, TP={k}"] = (f"TP={k}", "nccl", gpus)
+            theirs[f"vLLM nccl, TP={k}"] = (f"TP={k}", "upstream_nccl", gpus)
+        self.measured(mine | theirs, self.nccl_push)
+        for a, b, k in zip(mine, theirs, widths(self.gpus - 1), strict=True):
+            faster = self.result.median(b) / self.result.median(a)
+            self.result.claim(f"faster than vLLM's nccl, TP={k}", faster, 3, at_least=True)
+            aim = 1.1 * self.result.median("floor: one broadcast") + 5
+            self.result.claim(f"push nccl, TP={k}, ms", self.result.median(a), aim)
 
     def nccl_push(self, row: str, url: str, backend: str, k: int) -> None:
+        if backend == "upstream_nccl":
+            return self.their_push(row, url, k)
         push = partial(ours, self.result, row, url, self.model, self.a.rounds, self.step)
         push(backend="nccl")
         torch._foreach_copy_(self.small, self.start)
         with WeightSync(url, backend="nccl") as sync:
             sync.push(self.model)
 
-    def their_push(self, row: str, url: str, backend: str, k: int) -> None:
+    def their_push(self, row: str, url: str, k: int) -> None:
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.nccl_engine import (
             NCCLTrainerInitInfo,
@@ -174,13 +215,20 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=12)
     ap.add_argument("--slow-rounds", type=int, default=5, help="of vLLM's own backend")
     ap.add_argument("--only", choices=("ipc", "nccl"))
+    ap.add_argument("--fsdp", type=Path, help="seconds.json of the example")
     ap.add_argument("--out", type=Path, required=True)
     a = ap.parse_args()
     os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}
     gpus = torch.cuda.device_count()
     if gpus < 2:
         raise SystemExit(f"needs two GPUs or more, and sees {gpus}")
-    result = Result(f"{gpus}-gpus-{a.shape}{f'-{a.only}' if a.only else ''}")
+    name = f"{WORDS.get(gpus, gpus)}-gpus"
+    if a.fsdp:
+        result = Result(f"{name}-fsdp")
+        fsdp(json.loads(a.fsdp.read_text()), result)
+        print("WROTE", result.write(a.out), flush=True)
+        return
+    result = Result(f"{name}-{a.only}" if a.only else name)
     bench = Bench(a, result)
     if a.only != "nccl":
         bench.ipc()

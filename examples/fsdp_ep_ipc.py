@@ -76,7 +76,9 @@ class Trainer:
             torch.cuda.set_device(self.device)
         else:
             torch.set_num_threads(1)
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", **meeting)
+        # What ranks tell each other goes over gloo: a rank that waits in NCCL keeps its GPU busy,
+        # and the engine that shares the GPU gets time slices.
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device == "cuda" else "gloo", **meeting)
         self.rank = dist.get_rank()
         self.buffer_bytes = buffer_mb << 20
         config = AutoConfig.from_pretrained(folder)
@@ -126,15 +128,19 @@ class Trainer:
         tensors = {}
         for name, tensor in as_source(self.model):
             if self.rank == 0:
-                tensors[name] = tensor.cpu().clone()
+                tensors[name] = tensor.to("cpu", copy=True)
         if self.rank == 0:
             save_file(tensors, self.folder / "model.safetensors", metadata={"format": "pt"})
-        dist.barrier()
 
     def close(self) -> None:
         if self.sync is not None:
             self.sync.close()
         dist.destroy_process_group()
+
+
+def asked(engines: int) -> list[tuple[int, list[int]]]:
+    """(rank, prompt): every prompt is said once, and every engine is asked."""
+    return [(n % engines, PROMPTS[n % len(PROMPTS)]) for n in range(max(engines, len(PROMPTS)))]
 
 
 # ---- what is done, by rank 0 of whichever launcher -----------------------------------------
@@ -183,22 +189,26 @@ def run(trainers: Any, engines: Any, phases: dict[str, float]) -> list[Any]:
 
 
 class Served:
-    """The engines behind one server."""
+    """The engines behind one server: a data-parallel group of `engines`."""
 
-    def __init__(self, url: str, can_sleep: bool) -> None:
-        self.target, self.can_sleep = url, can_sleep
+    def __init__(self, url: str, engines: int, can_sleep: bool) -> None:
+        self.target, self.engines, self.can_sleep = url, engines, can_sleep
         self._http = httpx.Client(base_url=url, timeout=300, trust_env=False)
 
     def generate(self) -> list[Any]:
-        """Greedy tokens and log-probs of each prompt, one after another (a batch changes bits)."""
+        """Greedy tokens and log-probs, one prompt after another (a batch changes bits), from every
+        engine by its rank: which one answers decides the order in which experts' parts are added.
+        """
         out = []
-        for prompt in PROMPTS:
+        for rank, prompt in asked(self.engines):
             body = {
                 "model": "policy", "prompt": prompt, "max_tokens": 12, "temperature": 0,
                 "logprobs": 0, "ignore_eos": True, "return_tokens_as_token_ids": True,
                 "detokenize": False,
             }  # fmt: skip
-            said = self._post("/v1/completions", json=body).json()["choices"][0]["logprobs"]
+            at = {"X-data-parallel-rank": str(rank)}
+            answer = self._post("/v1/completions", json=body, headers=at).json()
+            said = answer["choices"][0]["logprobs"]
             out.append((said["tokens"], said["token_logprobs"]))
         return out
 
@@ -208,8 +218,8 @@ class Served:
     def wake_up(self, tag: str) -> None:
         self._post(f"/wake_up?tags={tag}")
 
-    def _post(self, path: str, **body: Any) -> httpx.Response:
-        response = self._http.post(path, **body)
+    def _post(self, path: str, **request: Any) -> httpx.Response:
+        response = self._http.post(path, **request)
         if not response.is_success:
             raise ExampleFailed(f"{path}: {response.status_code} {response.text[:500]}")
         return response
@@ -235,7 +245,7 @@ class HereAndElsewhere:
 
     def _tell(self, call: list[Any]) -> list[Any]:
         box = [json.dumps(call)]
-        dist.broadcast_object_list(box, src=0, device=self._trainer.device)
+        dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
         said: list[Any] = json.loads(box[0])
         return said
 
@@ -249,7 +259,7 @@ def one_rank(a: argparse.Namespace) -> None:
         return
     phases: dict[str, float] = {}
     try:
-        said = run(ranks, Served(a.url, a.device == "cuda"), phases)
+        said = run(ranks, Served(a.url, engines_of(a), a.device == "cuda"), phases)
         (a.folder / "said.json").write_text(json.dumps({"said": said, "seconds": phases}))
     finally:
         ranks.all("close")
@@ -262,7 +272,8 @@ def by_torchrun(a: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(a.ranks), __file__, "--device", a.device,
-            "--buffer-mb", str(a.buffer_mb), "--folder", str(a.folder), "--url", url,
+            "--ranks", str(a.ranks), "--buffer-mb", str(a.buffer_mb),
+            "--folder", str(a.folder), "--url", url,
         ]  # fmt: skip
         ranks = subprocess.Popen(command, start_new_session=True)
         try:
@@ -281,13 +292,14 @@ def by_torchrun(a: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
 class Engine:
     """An actor that holds the engines. Its methods are async, so that it answers a push as well."""
 
-    async def start(self, *args: str) -> None:
+    async def start(self, engines: int, *args: str) -> None:
         from vllm import AsyncEngineArgs
         from vllm.utils.argparse_utils import FlexibleArgumentParser
         from vllm.v1.engine.async_llm import AsyncLLM
 
         parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
         options = AsyncEngineArgs.from_cli_args(parser.parse_args(args))
+        self.engines = engines
         self.llm = AsyncLLM.from_engine_args(options)  # here, on the loop that it will run on
 
     async def generate(self) -> list[Any]:
@@ -295,11 +307,12 @@ class Engine:
         from vllm import SamplingParams
 
         out = []
-        for i, prompt in enumerate(PROMPTS):
+        for i, (rank, prompt) in enumerate(asked(self.engines)):
             params = SamplingParams(
                 max_tokens=12, temperature=0, logprobs=0, ignore_eos=True, detokenize=False
             )
-            async for said in self.llm.generate({"prompt_token_ids": prompt}, params, str(i)):
+            ask = {"prompt_token_ids": prompt}
+            async for said in self.llm.generate(ask, params, str(i), data_parallel_rank=rank):
                 last = said.outputs[0]
             tokens = [f"token_id:{t}" for t in last.token_ids]
             rows = zip(last.token_ids, last.logprobs, strict=True)
@@ -360,7 +373,7 @@ def by_ray(a: argparse.Namespace) -> tuple[list[Any], dict[str, float]]:
             return remote.remote(*args, **kwargs)
 
         engines = Actors([actor(Engine, 0, cpus=0, gpus=0)], can_sleep=bool(gpu))
-        engines.all("start", *common_args(a), *engine_args(a), *DUMMY)
+        engines.all("start", engines_of(a), *common_args(a), *engine_args(a), *DUMMY)
         store = a.out / "ranks"  # where they meet
         store.unlink(missing_ok=True)
         meeting = {"init_method": f"file://{store}", "world_size": a.ranks}
@@ -386,6 +399,11 @@ def common_args(a: argparse.Namespace) -> list[str]:
 
 
 # ---- the program ---------------------------------------------------------------------------
+
+
+def engines_of(a: argparse.Namespace) -> int:
+    """Data-parallel engines; on CPU the ranks' workers are those of one."""
+    return a.ranks if a.device == "cuda" else 1
 
 
 def engine_args(a: argparse.Namespace) -> list[str]:
@@ -432,9 +450,12 @@ def main() -> None:
         launch = by_ray if a.launcher == "ray" else by_torchrun
         said, phases = launch(a)
         with rl.served(a.folder, a.out / "fresh.log", *engine_args(a)) as url:
-            want = Served(url, False).generate()
+            want = Served(url, engines_of(a), False).generate()
         if said != want:
-            raise ExampleFailed("the engines do not say what a vLLM with this checkpoint says")
+            raise ExampleFailed(
+                "the engines do not say what a vLLM with this checkpoint says; "
+                f"they: {said}; it: {want}"
+            )
         (a.out / "seconds.json").write_text(json.dumps(phases, indent=1))
     print(f"ok: {STEPS} pushes of {a.ranks} FSDP ranks to {a.ranks} vLLM workers, "
           "bit for bit a fresh load of the checkpoint")  # fmt: skip

@@ -26,6 +26,8 @@ from vllm_wt_plugin.trainer.packed import PackedSender
 from vllm_wt_plugin.trainer.ranks import ALONE, Ranks
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
+from vllm_wt_plugin.wire.buckets import cut
+from vllm_wt_plugin.wire.params import ParamSpec
 
 SIZE = 1024
 
@@ -172,3 +174,15 @@ def test_an_llm_in_this_process_takes_no_buffers() -> None:
     sync._clients = [client]
     with pytest.raises(RequestError, match="in this process"):
         sync.push(toys.checkpoint(Model(), 2))
+
+
+def test_packed_buffers_are_no_larger_than_the_tensors_fill():
+    specs = (ParamSpec("a", "float32", (10, 4)), ParamSpec("b", "float32", (3, 4)))
+    sender = PackedSender(specs, 1 << 30, torch.device("cpu"), ALONE)
+    try:
+        announced = sender.announcement
+        assert announced.buffer_bytes < 1024
+        assert sum(p.nbytes for bucket in sender.buckets for p in bucket) == 13 * 16
+        assert sender.buckets == cut(specs, announced.buffer_bytes)  # what the worker finds
+    finally:
+        sender.close()

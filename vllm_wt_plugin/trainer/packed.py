@@ -20,7 +20,7 @@ from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.ranks import ALONE, Ranks
 from vllm_wt_plugin.trainer.source import Source, device_of, gathers
 from vllm_wt_plugin.transport.ipc import Exporter
-from vllm_wt_plugin.wire.buckets import Piece, cut
+from vllm_wt_plugin.wire.buckets import Piece, cut, size
 from vllm_wt_plugin.wire.exchange import Outcome
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import Announcement, FinishBody, PlanReport, StartBody
@@ -38,6 +38,8 @@ class PackedSender:
     def __init__(self, specs: tuple[ParamSpec, ...], buffer_bytes: int, device: torch.device,
                  ranks: Ranks) -> None:  # fmt: skip
         self.specs, self.ranks = specs, ranks
+        # No larger than the tensors fill: on CPU whole buffers are copied.
+        buffer_bytes = max([1, *map(size, cut(specs, buffer_bytes))])
         self.buckets = cut(specs, buffer_bytes)
         with ranks.step():
             self._memory = [
