@@ -39,16 +39,17 @@ for name in "$@"; do
         step "bridge-$kind" 240 "$said" $py -s tests/gpu/test_bridge.py -k "$kind" &
       done
       wait ;;
-    peer) step peer 170 "$rows" python3 -m benchmarks.peer_gpu --out "$out/b" ;;
+    peer) step peer 200 "$rows" python3 -m benchmarks.several_gpus --only ipc --out "$out/b" ;;
     fsdp) # one FSDP rank and one expert-parallel engine on every GPU
       n=$(nvidia-smi -L | wc -l)
       config=/tmp/wt-fsdp
       python3 -c "import pathlib; from benchmarks import shapes
 shapes.folder('30b-a3b', pathlib.Path('$config'), layers=${FSDP_LAYERS:-12})"
+      rm -rf "$config/out" # of an earlier call
       step fsdp 540 ": [0-9.]+ s$|^loss|ok:|FAILED|Error" python3 examples/fsdp_ep_ipc.py \
         --device cuda --ranks "$n" --config "$config/config.json" --out "$config/out"
-      [ ! -e "$config/out/seconds.json" ] || step fsdp-result 60 "$rows" \
-        python3 -m benchmarks.several_gpus --fsdp "$config/out/seconds.json" --out "$out/b" ;;
+      [ ! -e "$config/out/result.json" ] || step fsdp-result 60 "$rows" \
+        python3 -m benchmarks.several_gpus --fsdp "$config/out/result.json" --out "$out/b" ;;
     nccl) step nccl 300 "$rows" python3 -m benchmarks.nccl_gpu --shape 8b --out "$out/b" ;;
     nccl-tests) step nccl-tests 400 "$said" $py -s tests/gpu/test_nccl.py ;;
     several) step several 330 "$rows" python3 -m benchmarks.several_gpus --out "$out/b" ;;

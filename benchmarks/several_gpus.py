@@ -2,7 +2,7 @@
 
     python -m benchmarks.several_gpus --out benchmarks/results [--shape 8b] [--rounds 12]
         [--only ipc|nccl]
-    python -m benchmarks.several_gpus --fsdp seconds.json --out benchmarks/results
+    python -m benchmarks.several_gpus --fsdp result.json --out benchmarks/results
 
 The trainer is this process, on GPU 0. Over `ipc` TP=1 runs on GPU 1 and TP=2, 4, … on the first
 2, 4, … GPUs, the trainer's among them: each worker pulls its part. Over `nccl`, where a GPU takes
@@ -46,22 +46,26 @@ def pulled_floor_ms(nbytes: int, workers: int) -> list[float]:
     streams = [torch.cuda.Stream(0) for _ in gpus]  # torch copies on a stream of the source
 
     def copy() -> None:
-        for stream, part, mine in zip(streams, parts, there, strict=True):
+        for stream, mine, its in zip(streams, parts, there, strict=True):
             with torch.cuda.stream(stream):
-                mine.copy_(part, non_blocking=True)
+                its.copy_(mine, non_blocking=True)
         for stream in streams:
             stream.synchronize()
 
     return timed(copy, 10)
 
 
-def fsdp(seconds: dict[str, float], result: Result) -> None:
-    """Seconds by phase of the example, which writes them once its engines have said, bit for bit,
-    what a vLLM says that loaded the trainer's checkpoint."""
-    result.facts["axis"] = "milliseconds of each phase"
-    for phase, s in seconds.items():
+def fsdp(found: dict[str, Any], result: Result) -> None:
+    """What the example found: seconds by phase, and how many of its engines' answers are, bit for
+    bit, those of a vLLM that loaded the trainer's checkpoint."""
+    result.facts |= {"axis": "milliseconds of each phase"}
+    result.facts |= {k: found[k] for k in ("ranks", "layers")}
+    for phase, s in found["seconds"].items():
         result.add(phase, [s * 1e3])
-    result.claim("bit for bit a fresh load of the checkpoint", 1, 1, at_least=True)
+    result.claim(
+        "answers that are a fresh vLLM's, bit for bit", found["equal"], found["answers"],
+        at_least=True,
+    )  # fmt: skip
 
 
 def widths(gpus: int) -> list[int]:
@@ -215,7 +219,7 @@ def main() -> None:
     ap.add_argument("--rounds", type=int, default=12)
     ap.add_argument("--slow-rounds", type=int, default=5, help="of vLLM's own backend")
     ap.add_argument("--only", choices=("ipc", "nccl"))
-    ap.add_argument("--fsdp", type=Path, help="seconds.json of the example")
+    ap.add_argument("--fsdp", type=Path, help="result.json of the example")
     ap.add_argument("--out", type=Path, required=True)
     a = ap.parse_args()
     os.environ |= {"VLLM_ALLOW_INSECURE_SERIALIZATION": "1"}

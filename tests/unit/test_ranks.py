@@ -26,7 +26,7 @@ from vllm_wt_plugin.trainer.packed import PackedSender
 from vllm_wt_plugin.trainer.ranks import ALONE, Ranks
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.buckets import cut
+from vllm_wt_plugin.wire.buckets import cut, size
 from vllm_wt_plugin.wire.params import ParamSpec
 
 SIZE = 1024
@@ -176,13 +176,15 @@ def test_an_llm_in_this_process_takes_no_buffers() -> None:
         sync.push(toys.checkpoint(Model(), 2))
 
 
-def test_packed_buffers_are_no_larger_than_the_tensors_fill():
-    specs = (ParamSpec("a", "float32", (10, 4)), ParamSpec("b", "float32", (3, 4)))
-    sender = PackedSender(specs, 1 << 30, torch.device("cpu"), ALONE)
+@pytest.mark.parametrize("buffer_bytes", [32, 100, 256, 1000, 1 << 30])
+def test_packed_buffers_are_no_larger_than_the_tensors_fill(buffer_bytes: int) -> None:
+    shapes = ((10, 4), (3, 4), (), (0, 4), (50, 2), (7,), (2, 3))
+    specs = tuple(ParamSpec(f"t{i}", "float32", shape) for i, shape in enumerate(shapes))
+    sender = PackedSender(specs, buffer_bytes, torch.device("cpu"), ALONE)
     try:
-        announced = sender.announcement
-        assert announced.buffer_bytes < 1024
-        assert sum(p.nbytes for bucket in sender.buckets for p in bucket) == 13 * 16
-        assert sender.buckets == cut(specs, announced.buffer_bytes)  # what the worker finds
+        announced = sender.announcement.buffer_bytes
+        assert announced == max(map(size, sender.buckets)) <= buffer_bytes
+        # What the worker finds with what is announced, and what was asked for.
+        assert sender.buckets == cut(specs, announced) == cut(specs, buffer_bytes)
     finally:
         sender.close()

@@ -38,9 +38,9 @@ class PackedSender:
     def __init__(self, specs: tuple[ParamSpec, ...], buffer_bytes: int, device: torch.device,
                  ranks: Ranks) -> None:  # fmt: skip
         self.specs, self.ranks = specs, ranks
-        # No larger than the tensors fill: on CPU whole buffers are copied.
-        buffer_bytes = max([1, *map(size, cut(specs, buffer_bytes))])
         self.buckets = cut(specs, buffer_bytes)
+        # No larger than they are filled: on CPU whole buffers are copied. The cut is the same.
+        buffer_bytes = max([1, *map(size, self.buckets)])
         with ranks.step():
             self._memory = [
                 torch.empty(buffer_bytes, dtype=torch.uint8, device=device) for _ in range(BUFFERS)
