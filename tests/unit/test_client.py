@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -111,12 +112,45 @@ def test_nobody_there_and_nobody_answering() -> None:
         with pytest.raises(ServerUnreachable, match="GET /x"):
             HTTPClient(url).get("/x")
         silent.listen()
-        with pytest.raises(ServerUnreachable, match="no answer in time"):
+        with pytest.raises(ServerUnreachable, match="no answer in time") as error:
             HTTPClient(url, timeout_s=0.2).get("/x")
+        assert error.value.heard
+
+
+def test_threads_have_connections_of_their_own(url: str) -> None:
+    client = HTTPClient(url)
+    with ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda i: client.post("/echo", i)["body"], range(200)))
+    assert answers == [str(i) for i in range(200)]
+    client.close()
+    assert client.post("/echo", 1)["body"] == "1"
+
+
+def test_a_path_before_the_routes_is_kept(url: str) -> None:
+    client = HTTPClient(f"{url}/behind/a/proxy")
+    with pytest.raises(ServerUnreachable, match="has no /echo"):
+        client.get("/echo")
+    client.close()
+
+
+@pytest.mark.parametrize("token", ["sec\nret", "secr\u00e9t"])
+def test_a_token_that_no_header_can_hold_is_refused_and_not_shown(token: str) -> None:
+    with pytest.raises(RequestError, match="token") as error:
+        HTTPClient("http://h", token=token)
+    assert "sec" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    "url", ["localhost:8000", "ftp://h:1", "http://", "http://h:99999", "http://h:8b"]
+    "url",
+    [
+        "localhost:8000",
+        "ftp://h:1",
+        "http://",
+        "http://h:99999",
+        "http://h:8b",
+        "http://h h",
+        "http://h/\n",
+    ],
 )
 def test_what_is_no_address_is_refused(url: str) -> None:
     with pytest.raises(RequestError, match="not a server's address"):

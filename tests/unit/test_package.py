@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "transport/*": {".errors", ".wire", ".transport", "torch"},
     "trainer/actors.py": {".errors", ".wire", "msgspec", "ray"},
     "trainer/*": {
-        ".errors", ".wire", ".sparse", ".transport", ".trainer", "torch", "httpcore", "msgspec",
+        ".errors", ".wire", ".sparse", ".transport", ".trainer", "torch", "msgspec",
     },
     "actor.py": {".errors", ".wire", ".trainer.client", ".server", "msgspec"},
     "bridge/model.py": {".errors", ".wire", ".trainer", "torch"},

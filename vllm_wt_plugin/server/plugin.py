@@ -96,7 +96,7 @@ class WeightSyncPlugin:
         policy = AccessPolicy.from_env(os.environ, [k for k in keys if k])
         known = list(app.router.routes)
         app.include_router(router())
-        _drop_shadowed(app, known)
+        _put_first(app, known)
         app.add_middleware(SleepGate, api=app)
         app.add_middleware(DirtyGate, api=app)
         app.add_middleware(AccessMiddleware, policy=policy, guarded=lambda p, _: p in PATHS)
@@ -117,14 +117,16 @@ class WeightSyncPlugin:
             control.start_polling()
 
 
-def _drop_shadowed(app: FastAPI, known: list[BaseRoute]) -> None:
-    """Take out of `known` what ours replace: of two, the first answers, and vLLM < 0.32 leaves its
-    own (dev mode's) in front."""
-    ours = [r for r in app.router.routes if isinstance(r, APIRoute) and r not in known]
-    taken = {(r.path, method) for r in ours for method in r.methods}
-    for route in known:
-        if isinstance(route, APIRoute) and all((route.path, m) in taken for m in route.methods):
-            app.router.routes.remove(route)
+def _put_first(app: FastAPI, known: list[BaseRoute]) -> None:
+    """Ours before the `known` ones: a router looks through them in order, and each of vLLM's takes
+    its time. Those that ours replace go: vLLM < 0.32 has (dev mode's) of its own."""
+    ours = [r for r in app.router.routes if r not in known]
+    taken = {(r.path, m) for r in ours if isinstance(r, APIRoute) for m in r.methods}
+    app.router.routes[:] = ours + [
+        r
+        for r in known
+        if not isinstance(r, APIRoute) or any((r.path, m) not in taken for m in r.methods)
+    ]
 
 
 def _backend(args: Namespace) -> str | None:

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import logging
 from typing import Any, Protocol
-from urllib.parse import urlsplit
 
-import httpcore
 import msgspec
 
 from vllm_wt_plugin.errors import (
@@ -17,6 +15,7 @@ from vllm_wt_plugin.errors import (
     from_dict,
 )
 from vllm_wt_plugin.trainer.actors import ActorClient, is_actor
+from vllm_wt_plugin.trainer.connections import Connections
 from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree
@@ -26,13 +25,12 @@ from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.replies import Held, held
 
 logger = logging.getLogger(__name__)
-KEEP_ALIVE_S = 2.0
 _PUSHES = {
     msg.PushRequest: "/push_weights",
     PatchPush: "/push_patches",
     msg.BroadcastPush: "/push_broadcast",
 }
-_JSON: dict[bytes | str, bytes | str] = {"Content-Type": "application/json"}
+_JSON = {"Content-Type": "application/json"}
 
 
 class Client(Protocol):
@@ -71,23 +69,15 @@ class HTTPClient:
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 300.0) -> None:
         self.name = url.rstrip("/")
-        try:
-            httpcore.URL(self.name)
-            address = urlsplit(self.name)
-        except ValueError:
-            address = urlsplit("")
-        if address.scheme not in ("http", "https") or not address.hostname:
-            raise RequestError(
-                f"{url!r} is not a server's address", next_step="use http://host:port"
-            )
-        # httpx on top of it would take as long again for every request: half a millisecond.
-        # Kept shorter than servers keep it (vLLM: 5 s): a request must not meet one being closed.
-        self._http = httpcore.ConnectionPool(keepalive_expiry=KEEP_ALIVE_S)
-        self._headers: dict[bytes | str, bytes | str] = {"Host": address.netloc.rpartition("@")[2]}
+        self._connections = Connections(self.name, timeout_s)
+        self._headers: dict[str, str] = {}
         if token:
+            if not (token.isascii() and token.isprintable()):  # the text of it is for no message
+                raise RequestError(
+                    "the token has characters that no header can hold", where="token",
+                    next_step="use printable ASCII, without the line's end of the file it is from",
+                )  # fmt: skip
             self._headers["Authorization"] = f"Bearer {token}"
-        self._timeout = dict.fromkeys(("read", "write", "pool"), timeout_s)
-        self._timeout["connect"] = min(10.0, timeout_s)
 
     def push(self, request: msg.Push) -> Outcome:
         path = _PUSHES[type(request)]
@@ -146,45 +136,25 @@ class HTTPClient:
             logger.warning("the update could not be aborted, its lease will end it: %s", exc)
 
     def close(self) -> None:
-        self._http.close()
+        self._connections.close()
 
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        try:
-            response = self._http.request(
-                method,
-                self.name + path,
-                content=None if body is None else msgspec.json.encode(body),
-                headers=self._headers if body is None else self._headers | _JSON,
-                extensions={"timeout": self._timeout},
-            )
-        except httpcore.TimeoutException as exc:
-            error = ServerUnreachable(
-                f"no answer in time to {method} {path} ({type(exc).__name__})",
-                where=self.name,
-                next_step="look at the server's log; raise timeout_s if it is only slow",
-            )
-            error.heard = isinstance(exc, httpcore.ReadTimeout)
-            raise error from exc
-        except (httpcore.NetworkError, httpcore.ProtocolError) as exc:
-            raise ServerUnreachable(
-                f"{method} {path}: {exc or type(exc).__name__}",
-                where=self.name,
-                next_step="check that the server runs and the address is right",
-            ) from exc
-        return self._read(response, path)
+        content = None if body is None else msgspec.json.encode(body)
+        headers = self._headers if body is None else self._headers | _JSON
+        return self._read(*self._connections.request(method, path, content, headers), path)
 
-    def _read(self, response: httpcore.Response, path: str) -> dict[str, Any]:
+    def _read(self, status: int, content: bytes, path: str) -> dict[str, Any]:
         try:
-            data = msgspec.json.decode(response.content)
+            data = msgspec.json.decode(content)
         except msgspec.DecodeError:
             data = None
-        if response.status // 100 == 2 and isinstance(data, dict):
+        if status // 100 == 2 and isinstance(data, dict):
             return data
         if isinstance(data, dict) and "code" in data:
             error = from_dict(data)
             error.where = f"{self.name}{': ' if error.where else ''}{error.where}"
             raise error
-        if response.status in (404, 405):
+        if status in (404, 405):
             raise ServerUnreachable(
                 f"the server has no {path}",
                 where=self.name,
@@ -192,8 +162,7 @@ class HTTPClient:
                 """--weight-transfer-config '{"backend": "ipc"}'""",
             )
         raise TransferError(
-            f"{path} answered {response.status}: "
-            + response.content[:500].decode(errors="replace"),
+            f"{path} answered {status}: " + content[:500].decode(errors="replace"),
             where=self.name,
         )
 
