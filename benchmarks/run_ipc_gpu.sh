@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # On the GPU machine: tests and both `ipc` benchmarks in one go; logs and results to $OUT.
 #   bash benchmarks/run_ipc_gpu.sh BUNDLE_DIR STEP...
-#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe peer small fsdp nccl nccl-tests
+#   steps: sweep kernels sparse-kernels sparse-micro sparse 8b moe fp8 peer small fsdp nccl nccl-tests
 #          several bridge-8b bridge-own one-copy doctor dropin
 eval "$(bash benchmarks/gpu_machine.sh "$1")"
 shift
@@ -39,6 +39,7 @@ for name in "$@"; do
         step "bridge-$kind" 240 "$said" $py -s tests/gpu/test_bridge.py -k "$kind" &
       done
       wait ;;
+    fp8) step fp8 240 "$rows" python3 -m benchmarks.fp8_gpu --out "$out/b" ;;
     peer) step peer 200 "$rows" python3 -m benchmarks.several_gpus --only ipc --out "$out/b" ;;
     fsdp) # one FSDP rank and one expert-parallel engine on every GPU
       n=$(nvidia-smi -L | wc -l)

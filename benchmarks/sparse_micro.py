@@ -146,7 +146,7 @@ class Bench:
         parts = [(seed(p.spec.name), _row(p.old)) for p in self.pairs]
         for tile, warps in sweep(self.quick, (4096, 2048, 8192, 16384), (8, 4, 16)):
             kernels.TILE, kernels.WARPS["sums"] = tile, warps
-            ms = gpu_ms(lambda: kernels.cuda_sums(parts))
+            ms = gpu_ms(lambda: kernels.CudaSums(parts).result())
             show(f"checksum of everything, host included, tile {tile}, {warps} warps", ms,
                  self.nbytes)  # fmt: skip
 

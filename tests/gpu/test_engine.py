@@ -131,6 +131,14 @@ def test_push_equals_a_fresh_engine(kind: str, options: dict[str, Any], tmp_path
         sync.push(new)
         assert _generate(llm) == expected
         assert llm.collective_rpc("compute_weight_checksums") == expected_sums
+        for turn in range(2):  # what was described for the push before is used again
+            with torch.no_grad():
+                for p in new.parameters():
+                    p.neg_()
+            sync.push(new)
+            same = llm.collective_rpc("compute_weight_checksums") == expected_sums
+            assert same is bool(turn)
+        assert _generate(llm) == expected
         took = _ms(lambda: sync.push(new))
     llm.apply_model(_scramble)
     theirs = {"weights_iterator": list(as_source(new))}

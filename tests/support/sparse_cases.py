@@ -196,7 +196,7 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
             assert found is not None
             parts.append((cs.seed(f"w{i}"), found))
             want.append(cs.checksum_region(f"w{i}", dest.cpu(), place))
-    assert kernels.cuda_sums(parts) == want
+    assert kernels.CudaSums(parts).result() == want
 
 
 def main() -> None:

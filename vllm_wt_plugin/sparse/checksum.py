@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -74,22 +74,33 @@ def checksum_run(name: str, part: torch.Tensor, start: int = 0) -> int:
 
 
 def checksum_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> list[int]:
-    """The same of many (name, elements, start) on one device; on CUDA by the kernel, at once."""
+    """The same of many (name, elements, start) on one device. Blocking."""
+    return begin_runs(runs)()
+
+
+def begin_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> Callable[[], list[int]]:
+    """The same, on CUDA by one kernel that the current stream takes behind what it was given: the
+    elements may change after that. The result waits, on the same stream."""
     if not any(t.is_cuda for _, t, _ in runs):
-        return [_strided(seed(n), t.detach().reshape(-1), start, (1,)) for n, t, start in runs]
-    from vllm_wt_plugin.sparse.kernels import cuda_sums
+        done = [_strided(seed(n), t.detach().reshape(-1), start, (1,)) for n, t, start in runs]
+        return lambda: done
+    from vllm_wt_plugin.sparse.kernels import CudaSums
     from vllm_wt_plugin.sparse.patch import WORDS
     from vllm_wt_plugin.sparse.scatter import Row
 
     flat = [t.detach().contiguous().view(-1).view(WORDS[t.element_size()]) for _, t, _ in runs]
-    known = [i for i, f in enumerate(flat) if f.numel()]
-    found = cuda_sums(
+    known, count = [i for i, f in enumerate(flat) if f.numel()], len(runs)
+    begun = CudaSums(
         [(seed(runs[i][0]), Row(flat[i], runs[i][2], ((len(flat[i]), 1, 1),))) for i in known]
     )
-    out = [0] * len(runs)
-    for i, s in zip(known, found, strict=True):
-        out[i] = s
-    return out
+
+    def result() -> list[int]:
+        out = [0] * count  # nothing here keeps the elements
+        for i, s in zip(known, begun.result(), strict=True):
+            out[i] = s
+        return out
+
+    return result
 
 
 def checksum_region(name: str, part: torch.Tensor, place: Place) -> int:

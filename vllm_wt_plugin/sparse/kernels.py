@@ -161,7 +161,7 @@ class CudaScatter:
         self._table, self._group, device = table, group, group.values.device
         self._tiles, self._grid = tiles(group.counts, device, PATCH)
         which = [table.ids[s.name] for s in group.specs]
-        self._which, self._starts = torch.tensor([[*which, 0], group.starts]).to(device)
+        self._which, self._starts = moved(torch.tensor([[*which, 0], group.starts]), device)
         self._kept = [torch.empty_like(group.values) for _ in table.layers]
         self._found = torch.zeros(len(which), 2, dtype=torch.int64, device=device)
 
@@ -249,17 +249,26 @@ def _strided(  # type: ignore[no-untyped-def]
     tl.atomic_add(sums + entry, tl.sum(total), sem="relaxed")
 
 
-def cuda_sums(parts: Sequence[tuple[int, Row]]) -> list[int]:
-    """`checksum.checksum_region` of many (seed, live elements): a launch for all that are a run
-    of whole words, one more for each other form."""
-    out = [0] * len(parts)
-    forms: dict[tuple[int, int, bool], list[int]] = {}
-    for i, (_, r) in enumerate(parts):
-        forms.setdefault(_form(r), []).append(i)
-    for form, mine in forms.items():
-        for i, s in zip(mine, _sums([parts[i] for i in mine], *form), strict=True):
-            out[i] = s
-    return out
+class CudaSums:
+    """`checksum.checksum_region` of many (seed, live elements), begun on the current stream: a
+    launch for all that are a run of whole words, one more for each other form."""
+
+    def __init__(self, parts: Sequence[tuple[int, Row]]) -> None:
+        self._count = len(parts)
+        self._stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
+        forms: dict[tuple[int, int, bool], list[int]] = {}
+        for i, (_, r) in enumerate(parts):
+            forms.setdefault(_form(r), []).append(i)
+        self._begun = [(mine, _sums([parts[i] for i in mine], *f)) for f, mine in forms.items()]
+
+    def result(self) -> list[int]:
+        """In the order of the parts. Blocking; waits for the stream it was begun on."""
+        out = [0] * self._count
+        with torch.cuda.stream(self._stream):
+            for mine, sums in self._begun:
+                for i, s in zip(mine, sums.tolist(), strict=True):
+                    out[i] = s
+        return out
 
 
 def _form(r: Row) -> tuple[int, int, bool]:
@@ -272,7 +281,7 @@ def _form(r: Row) -> tuple[int, int, bool]:
     return len(r.dims), size, last >= 2**31
 
 
-def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) -> list[int]:
+def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) -> torch.Tensor:
     device = parts[0][1].dest.device
     if dims:
         table = [
@@ -286,7 +295,7 @@ def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) ->
             for (key, r), b in zip(parts, bytes_, strict=True)
         ]
     every, grid = tiles([row[2] for row in table], device, TILE)
-    rows = torch.tensor(table, device=device)
+    rows = moved(torch.tensor(table), device)
     sums = torch.zeros(len(parts), dtype=torch.int64, device=device)
     run: Any = _run
     strided: Any = _strided
@@ -298,8 +307,7 @@ def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) ->
             )  # fmt: skip
         else:
             run[grid,](rows, every, sums, WIDE=wide, TILE=TILE, num_warps=WARPS["sums"])
-        found: list[int] = sums.tolist()
-    return found
+    return sums
 
 
 # ---- tables -------------------------------------------------------------------------------
@@ -310,10 +318,16 @@ def tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch
     n = torch.tensor(counts, dtype=torch.int64)
     per = (n + size - 1) // size
     total = int(per.sum())
-    per = per.to(device)
+    per = moved(per, device)
     which = torch.repeat_interleave(per, output_size=total)
     within = torch.arange(total, device=device) - (per.cumsum(0) - per)[which]
     return torch.stack([which, within * size], 1), total
+
+
+def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host's tensor there. Does not wait for what the stream has to do before, as a copy out of
+    pageable memory would."""
+    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -6,13 +6,13 @@ source → Filling or Walk → nccl.Sender ⇢ every worker of every replica
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future
 from dataclasses import dataclass
 
 import torch
 
-from vllm_wt_plugin.sparse.checksum import checksum_runs
+from vllm_wt_plugin.sparse.checksum import begin_runs
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.filling import Filling, Walk
 from vllm_wt_plugin.trainer.listing import Listing
@@ -78,14 +78,15 @@ class Outgoing:
             with nccl.on_side_stream(device, "fill", after), torch.no_grad():
                 try:
                     if source.tensors is not None:
+                        with nccl.on_side_stream(device, "sum", after):  # while they are sent
+                            summing.begin(source.tensors)
                         fill = self._planned(source)
                     sender = nccl.Sender(
                         meeting.group, self._memory, len(self._buckets), self._timeout_s,
                         ahead=fill.ahead, barrier=meeting.group.barrier if together else None,
                     )  # fmt: skip
                     self._fill_all(sender, fill)
-                    with nccl.on_side_stream(device, "sum", after):  # while the last ones travel
-                        sums = summing.result(source)
+                    sums = summing.result()
                     if together and update.forms:
                         sender.put(update.told(sums))
                     sender.drain()
@@ -145,22 +146,26 @@ def walk(source: Listing) -> None:
 
 
 class Summing:
-    """Checksums of what is sent: of a walk's tensors while they are there, else all at once."""
+    """Checksums of what is sent, begun on the current stream while it is there: of each tensor of
+    a walk, or of all at once."""
 
     def __init__(self, dtypes: dict[str, set[str]]) -> None:
         self._dtypes = dtypes
-        self._sums: Sums = defaultdict(dict)
+        self._begun: list[tuple[list[tuple[str, str]], Callable[[], list[int]]]] = []
 
     def see(self, name: str, t: torch.Tensor) -> None:
-        self._add([(name, t)])
+        self.begin([(name, t)])
 
-    def _add(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def begin(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         rows = [(n, d, t) for n, t in tensors for d in self._dtypes.get(n, ())]
         cast = [(n, t.to(getattr(torch, d)) if d else t, 0) for n, d, t in rows]
-        for (n, d, _), s in zip(rows, checksum_runs(cast), strict=True):
-            self._sums[n][d] = s
+        if rows:
+            self._begun.append(([(n, d) for n, d, _ in rows], begin_runs(cast)))
 
-    def result(self, source: Listing) -> Sums:
-        """After a walk, or of tensors that last."""
-        self._add(source.tensors or ())
-        return dict(self._sums)
+    def result(self) -> Sums:
+        """Blocking."""
+        sums: Sums = defaultdict(dict)
+        for rows, begun in self._begun:
+            for (n, d), s in zip(rows, begun(), strict=True):
+                sums[n][d] = s
+        return dict(sums)

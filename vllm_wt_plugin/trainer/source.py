@@ -204,6 +204,9 @@ class MappingSource:
         return None if fused.any_dtensor(values) else values
 
 
+_Tree = list[tuple[nn.Module, tuple[nn.Module | None, ...]]]  # each module with its children
+
+
 class ModuleSource:
     """What the module's `save_pretrained` would write, as views of its parameters and buffers.
 
@@ -216,7 +219,7 @@ class ModuleSource:
         self._layout: list[tuple[object, ...]] | None = None
         self._pieces: tuple[fused.Piece, ...] = ()
         self._computes = False  # some piece is no view
-        self._tree: list[tuple[nn.Module, tuple[nn.Module | None, ...]]] = []
+        self._tree: _Tree = []
         self.specs()  # so that what cannot be sent is refused here
 
     def specs(self) -> tuple[ParamSpec, ...]:
@@ -238,16 +241,11 @@ class ModuleSource:
     def _own(self) -> list[Tensor]:
         """Every tensor of the module tree. The tree is walked again only where it has changed:
         `Module.modules()` takes 2 ms for 800 modules, once for every push."""
-        tree = self._tree
-        if not tree or any(tuple(m._modules.values()) != children for m, children in tree):
-            tree = [(m, tuple(m._modules.values())) for m in self._module.modules()]
-            self._tree = tree
-        return [
-            t
-            for m, _ in tree
-            for t in (*m._parameters.values(), *m._buffers.values())
-            if t is not None
-        ]
+        held = _held(self._tree) if self._tree else None
+        if held is None:
+            self._tree = [(m, tuple(m._modules.values())) for m in self._module.modules()]
+            held = _held(self._tree)
+        return [t for t in held or () if t is not None]
 
     def memory(self) -> list[Tensor] | None:
         """Every tensor of the module tree; None where iteration gathers or computes."""
@@ -266,6 +264,21 @@ class ModuleSource:
             self._computes = any(p.stride is None for p in self._pieces)
             self._layout = layout
         return state
+
+
+def _held(tree: _Tree) -> list[Tensor | None] | None:
+    """Parameters and buffers of a module tree; None if it has changed. Out of each `__dict__`:
+    attributes of modules take twice as long, and most modules have neither children nor buffers."""
+    out: list[Tensor | None] = []
+    for module, children in tree:
+        has = module.__dict__
+        if (has["_modules"] or children) and tuple(has["_modules"].values()) != children:
+            return None
+        if has["_parameters"]:
+            out += has["_parameters"].values()
+        if has["_buffers"]:
+            out += has["_buffers"].values()
+    return out
 
 
 class FolderSource:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from vllm_wt_plugin.sparse.checksum import checksum_run
+from vllm_wt_plugin.sparse.checksum import begin_runs
 from vllm_wt_plugin.trainer.report import VerifyReport
 from vllm_wt_plugin.wire.patches import added_up
 from vllm_wt_plugin.wire.replies import Held
@@ -19,8 +19,9 @@ def verify(
     engine holds it in."""
     differ: dict[str, list[str]] = {r: [] for r in replicas}
     unseen: dict[str, list[str]] = {r: [] for r in replicas}
+    begun: list[tuple[str, str, int | str, Callable[[], list[int]]]] = []
     for name, t in source:
-        own: dict[str, int] = {}
+        own: dict[str, Callable[[], list[int]]] = {}
         for replica, held in replicas.items():
             found = added_up(held.ranks, name)
             if found is None:
@@ -28,7 +29,10 @@ def verify(
                 continue
             dtype = held.report.stored.get(name, "")
             if dtype not in own:
-                own[dtype] = checksum_run(name, t.to(getattr(torch, dtype)) if dtype else t)
-            if found != own[dtype]:
-                differ[replica].append(name)
+                cast = t.to(getattr(torch, dtype)) if dtype else t
+                own[dtype] = begin_runs([(name, cast, 0)])
+            begun.append((replica, name, found, own[dtype]))
+    for replica, name, have, sums in begun:  # the GPU has not waited for us in between
+        if [have] != sums():
+            differ[replica].append(name)
     return VerifyReport(differ, unseen)

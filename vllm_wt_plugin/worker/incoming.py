@@ -61,8 +61,7 @@ class Incoming:
                 self._receive(packed, open_, out, together=verb.together)
             case Written():
                 with out.timed("verify"):
-                    out.info |= self._known.written(packed, verb.names or packed.told)
-                    out.info["told"] = packed.told
+                    out.info |= self._known.written(packed, verb.names)
 
     def _announce(self, verb: msg.Announce, open_: Open, out: Draft) -> None:
         """Know where every tensor goes before the first bucket comes."""
@@ -135,6 +134,8 @@ class Incoming:
                 open_.wrote |= coming.writes
                 coming.receive()
                 self._link.release()
+            if isinstance(coming, PackedUpdate) and coming.awaits_sums and not coming.summing:
+                coming.summing = self._known.sum_written(coming, coming.checked)
         here = False
         if coming.complete:
             with out.timed("wait"):

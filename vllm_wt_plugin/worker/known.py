@@ -16,7 +16,7 @@ from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import PatchPush, Widths, widths
-from vllm_wt_plugin.worker.packed import Announced, PackedUpdate
+from vllm_wt_plugin.worker.packed import Announced, PackedUpdate, Summing
 from vllm_wt_plugin.worker.places import Places, describe_patching
 from vllm_wt_plugin.worker.plan.build import build
 from vllm_wt_plugin.worker.plan.host import Host
@@ -244,13 +244,19 @@ class Known:
         self._announced.move_to_end(key)
         return self._announced[key], new
 
-    def written(self, update: PackedUpdate, names: Collection[str]) -> dict[str, Any]:
-        """`sums`: of what lies in live memory, by part; `received`: of what came of tensors that
-        the engine holds in another form."""
+    def sum_written(self, update: PackedUpdate, names: Collection[str]) -> Summing:
+        """Begin to sum those of `names` that lie in live memory as they came."""
         places = self._places_of(update.plan)
         live = [n for n in names if n not in places.whole and n in places.served]
-        received = {n: update.received[n] for n in names if n in update.received}
-        return {"sums": places.sums(live), "received": received}
+        return places.begin_sums(live)
+
+    def written(self, update: PackedUpdate, names: Collection[str]) -> dict[str, Any]:
+        """`sums`: of what lies in live memory, by part; `received`: of what came of tensors that
+        the engine holds in another form. Without `names`: of those that the trainer summed."""
+        received = {n: s for n, s in update.received.items() if n in (names or update.told)}
+        begun = None if names else update.summing
+        sums = begun or self.sum_written(update, names or update.told)
+        return {"sums": sums(), "received": received, "told": update.told}
 
     def patch_memory(self, push: PatchPush) -> dict[str, torch.Tensor]:
         """What a push of patches came in. Raises UnknownRegistration, HandleError."""

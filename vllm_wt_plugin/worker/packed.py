@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -14,6 +14,7 @@ from vllm_wt_plugin.wire.buckets import Piece, buckets_of, size
 from vllm_wt_plugin.wire.handles import Registration
 from vllm_wt_plugin.wire.messages import Announcement
 from vllm_wt_plugin.wire.nccl import SUM_BYTES, buffer_nbytes
+from vllm_wt_plugin.wire.patches import Part
 from vllm_wt_plugin.worker.plan.batch import Batch
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
@@ -80,6 +81,9 @@ def _nearest(new: Announcement, importer: Importer, rank: int) -> tuple[Registra
     return near[0] if near else sets[rank % len(sets)]
 
 
+Summing = Callable[[], dict[str, list[Part]]]
+
+
 class PackedUpdate:
     """One packed update under way: buckets in order, each once. Of the `checked` names that end in
     another form than they came in, what comes is summed."""
@@ -90,21 +94,22 @@ class PackedUpdate:
         self.plan, self.memory = announced.plan, announced.memory
         self.sizes = [size(b) for b in announced.buckets]
         self.told: dict[str, int] = {}  # the trainer's own checksums, where it broadcasts them
-        self._checked = tuple(checked)
+        self.summing: Summing | None = None  # of what was written, begun behind the last bucket
+        self.checked = tuple(checked)
         self._forms: tuple[str, ...] = ()
         self._announced = announced
         self._update = Update(host, announced.plan)
         self._next = 0
         computed = announced.plan.report.whole
-        self.received: dict[str, int] = {n: 0 for n in self._checked if n in computed}
+        self.received: dict[str, int] = {n: 0 for n in self.checked if n in computed}
         # Names that are one tensor: sums of what comes, which say whether it is the same.
         self._tied = {s.name: 0 for pair in announced.plan.must_equal for s in pair}
         self._read = announced.plan.computed_names | self.received.keys() | self._tied.keys()
 
     def expect_sums(self, forms: tuple[str, ...]) -> None:
-        """Of the checked names, in each of these forms, behind the last bucket."""
+        """The trainer's, of the checked names in each of these forms, behind the last bucket."""
         self._forms = forms
-        if n := len(self._checked) * len(forms):
+        if n := len(self.checked) * len(forms):
             self.sizes.append(n * SUM_BYTES)
 
     def expect(self, index: int) -> None:
@@ -160,7 +165,7 @@ class PackedUpdate:
         """[checked names, forms] of int64: each name's in the form that it ends in here."""
         stored = self.plan.report.stored
         rows = data.cpu().view(torch.int64).view(-1, len(self._forms)).tolist()
-        for name, row in zip(self._checked, rows, strict=True):
+        for name, row in zip(self.checked, rows, strict=True):
             if (form := stored.get(name, "")) not in self._forms:
                 raise RequestError(
                     f"no checksum of its form {form or 'as it came'!r} was sent", where=name
@@ -170,6 +175,11 @@ class PackedUpdate:
     @property
     def complete(self) -> bool:
         return self._next == len(self.sizes)
+
+    @property
+    def awaits_sums(self) -> bool:
+        """Whether nothing but the trainer's checksums is yet to come."""
+        return self._next == len(self._announced.buckets) < len(self.sizes)
 
     def finish(self) -> None:
         """Raises RequestError, or PlanError where two names of one tensor brought other values."""

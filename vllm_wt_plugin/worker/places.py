@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -96,7 +96,11 @@ class Places:
         return self.served[name]
 
     def sums(self, names: Iterable[str]) -> dict[str, list[Part]]:
-        """Checksums of what this rank holds, part by part; reads all of it."""
+        """Checksums of what this rank holds, part by part; reads all of it. Blocking."""
+        return self.begin_sums(names)()
+
+    def begin_sums(self, names: Iterable[str]) -> Callable[[], dict[str, list[Part]]]:
+        """The same, on a GPU behind what the current stream was given; the result waits for it."""
         parts = [
             (name, r)
             for name in names
@@ -105,15 +109,20 @@ class Places:
         ]
         on_gpu = [p for p in parts if p[1].dest.is_cuda]
         found = {id(r): _sum(n, r) for n, r in parts if not r.dest.is_cuda}
+        begun: Callable[[], list[int]] = list
         if on_gpu:
-            from vllm_wt_plugin.sparse.kernels import cuda_sums
+            from vllm_wt_plugin.sparse.kernels import CudaSums
 
-            sums = cuda_sums([(seed(n), r) for n, r in on_gpu])
-            found |= {id(r): s for (_, r), s in zip(on_gpu, sums, strict=True)}
-        out: dict[str, list[Part]] = {}
-        for name, r in parts:
-            out.setdefault(name, []).append((part_key([r]), found[id(r)]))
-        return out
+            begun = CudaSums([(seed(n), r) for n, r in on_gpu]).result
+
+        def result() -> dict[str, list[Part]]:
+            every = found | {id(r): s for (_, r), s in zip(on_gpu, begun(), strict=True)}
+            out: dict[str, list[Part]] = {}
+            for name, r in parts:
+                out.setdefault(name, []).append((part_key([r]), every[id(r)]))
+            return out
+
+        return result
 
     def held(self, name: str) -> tuple[bool, str]:
         """Whether every element of the tensor is on this rank, and which are ("": none)."""
