@@ -91,13 +91,13 @@ def tokens(url: str) -> list[int]:
     return ids
 
 
-def llm(model: Path, backend: str, *, memory: float) -> Any:
-    """An offline LLM whose engine runs in a process of its own."""
+def llm(model: Path, backend: str, *, memory: float, **options: Any) -> Any:
+    """An offline LLM, its engine in a process of its own unless the environment says otherwise."""
     from vllm import LLM
 
     return LLM(
         model=str(model), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
         max_model_len=512, max_num_seqs=16, max_num_batched_tokens=2048, dtype="bfloat16",
         gpu_memory_utilization=memory,
-        kv_cache_memory_bytes=1 << 30, weight_transfer_config={"backend": backend},
+        kv_cache_memory_bytes=1 << 30, weight_transfer_config={"backend": backend}, **options,
     )  # fmt: skip

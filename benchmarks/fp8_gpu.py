@@ -14,30 +14,19 @@ import argparse
 import functools
 import gc
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks import shapes
+from benchmarks import engines, shapes
+from benchmarks.ipc_gpu import floor_ms, timed
 from benchmarks.result import Result
 from vllm_wt_plugin import WeightSync, as_source
 
 LAYERS = {"8b": 12, "30b-a3b": 6}
 PROMPT = {"prompt_token_ids": [5, 6, 7, 8]}
-
-
-def engine(folder: Path) -> Any:
-    from vllm import LLM
-
-    return LLM(
-        model=str(folder), load_format="dummy", skip_tokenizer_init=True, enforce_eager=True,
-        max_model_len=512, max_num_seqs=4, max_num_batched_tokens=1024, dtype="bfloat16",
-        quantization="fp8", gpu_memory_utilization=0.25, kv_cache_memory_bytes=1 << 28,
-        weight_transfer_config={"backend": "ipc"},
-    )  # fmt: skip
 
 
 class Processing:
@@ -81,14 +70,6 @@ class Processing:
         return sum(a.elapsed_time(b) for a, b in self._pairs)
 
 
-def ms(what: Callable[[], object]) -> float:
-    torch.cuda.synchronize()
-    start = time.perf_counter()
-    what()
-    torch.cuda.synchronize()
-    return (time.perf_counter() - start) * 1e3
-
-
 def tokens(llm: Any) -> list[int]:
     from vllm import SamplingParams
 
@@ -99,15 +80,16 @@ def tokens(llm: Any) -> list[int]:
 
 def measure(result: Result, shape: str, rounds: int) -> None:
     folder = shapes.folder(shape, Path(f"/tmp/wt-bench-fp8-{shape}"), layers=LAYERS[shape])
-    model, llm = shapes.trainer_model(folder, "cuda"), engine(folder)
+    model = shapes.trainer_model(folder, "cuda")
+    llm = engines.llm(folder, "ipc", memory=0.25, quantization="fp8")
     processing = Processing()
     llm.apply_model(processing.watch)
     theirs = {"weights_iterator": list(as_source(model))}
-    flat = torch.empty(sum(p.nbytes for p in model.parameters()), dtype=torch.uint8, device="cuda")
-    copy = torch.empty_like(flat)
+    nbytes = sum(p.nbytes for p in model.parameters())
 
     def reload() -> None:
         llm.collective_rpc("reload_weights", kwargs=theirs)
+        torch.cuda.synchronize()
 
     with WeightSync(llm) as sync:
 
@@ -116,23 +98,21 @@ def measure(result: Result, shape: str, rounds: int) -> None:
 
         first = sync.push(model)
         result.facts[shape] = {
-            "layers": LAYERS[shape], "bytes": flat.nbytes, "tensors": first.tensors,
+            "layers": LAYERS[shape], "bytes": nbytes, "tensors": first.tensors,
             "processed modules": len(first.replicas[0].plan.processed),
         }  # fmt: skip
         mine = tokens(llm)
         reload()
         same = tokens(llm) == mine
-        rows: dict[str, Callable[[], float]] = {
-            "floor: device copy": lambda: ms(lambda: copy.copy_(flat)),
-            "ours: push": lambda: ms(push),
-            "ours: of it, vLLM's processing": lambda: processing.of(push),
-            "vLLM: reload": lambda: ms(reload),
-            "vLLM: of it, its processing": lambda: processing.of(reload),
+        rows = {
+            "floor: device copy": floor_ms(nbytes, rounds),
+            "ours: push": timed(push, rounds),
+            "ours: of it, vLLM's processing": [processing.of(push) for _ in range(rounds)],
+            "vLLM: reload": timed(reload, rounds),
+            "vLLM: of it, its processing": [processing.of(reload) for _ in range(rounds)],
         }
-        for row, timed in rows.items():
-            timed()
-            result.add(f"{row}, {shape}", [timed() for _ in range(rounds)])
-        print(f"phases, {shape}: {sync.push(model).replicas[0].seconds}", flush=True)
+        for row, ms in rows.items():
+            result.add(f"{row}, {shape}", ms)
         sync.push(model)
         same = same and tokens(llm) == mine
     floor, ours, part, whole, own = (result.median(f"{row}, {shape}") for row in rows)

@@ -25,6 +25,7 @@ from vllm_wt_plugin.errors import PlanError, RequestError
 from vllm_wt_plugin.wire.buckets import Piece, cut
 from vllm_wt_plugin.wire.params import ParamSpec
 from vllm_wt_plugin.worker.plan import process, segment
+from vllm_wt_plugin.worker.plan import update as update_module
 from vllm_wt_plugin.worker.plan.blueprint import processor_of
 from vllm_wt_plugin.worker.plan.build import build
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
@@ -852,6 +853,19 @@ def at_once(host: ToyHost, plan: LoadPlan, tensors: Tensors) -> None:
     update.finish()
 
 
+def twice_in_batches(host: ToyHost, plan: LoadPlan, tensors: Tensors) -> None:
+    """One registration for two pushes, of other values; as for modules of many copies."""
+    replay, right = Replay(plan, tensors), {n: t.clone() for n, t in tensors.items()}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(update_module, "MANY", 0)
+        for values in ({n: torch.zeros_like(t) for n, t in right.items()}, right):
+            for name, t in tensors.items():
+                t.copy_(values[name])
+            update = Update(host, plan)
+            update.receive_all(tensors, replay)
+            update.finish()
+
+
 def in_parts(host: ToyHost, plan: LoadPlan, tensors: Tensors) -> None:
     """Random order, several calls, and memory that is gone after each."""
     update = Update(host, plan)
@@ -896,7 +910,7 @@ def strided(host: ToyHost, plan: LoadPlan, tensors: Tensors) -> None:
 
 
 WAYS: tuple[Callable[[ToyHost, LoadPlan, Tensors], None], ...] = (
-    at_once, in_parts, in_pieces, strided,
+    at_once, twice_in_batches, in_parts, in_pieces, strided,
 )  # fmt: skip
 
 

@@ -8,11 +8,14 @@ import time
 
 import httpx
 import pytest
+from fastapi import APIRouter, FastAPI
+from fastapi.routing import APIRoute
 
 from tests.support.trainer import Trainer as Shared
 from tests.unit.test_session import Trainer
 from tests.unit.toy_server import ToyEngine, ToyServer
 from vllm_wt_plugin import WeightSync
+from vllm_wt_plugin.server.plugin import _put_first
 
 HEAD = "POST {} HTTP/1.1\r\nHost: 127.0.0.1\r\nContent-Type: application/json\r\nContent-Length: {}"
 
@@ -100,3 +103,17 @@ def test_weights_in_another_form_than_a_checkpoints_are_refused() -> None:
         assert said.status_code == 400
         assert "is_checkpoint_format must be true" in said.text
         assert httpx.get(server.url + "/weight_transfer_status").json()["state"] == "IDLE"
+
+
+def test_ours_come_first_and_replace_what_they_answer() -> None:
+    """Others of the same path, with another method, stay."""
+    app, router = FastAPI(), APIRouter()
+    for path, method in (("/a", "GET"), ("/b", "POST"), ("/b", "GET"), ("/c", "GET")):
+        app.add_api_route(path, lambda: "theirs", methods=[method])
+    known = list(app.router.routes)
+    for path, method in (("/b", "POST"), ("/c", "GET")):
+        router.add_api_route(path, lambda: "ours", methods=[method])
+    app.include_router(router)
+    _put_first(app, known)
+    found = [(r.path, *r.methods) for r in app.router.routes if isinstance(r, APIRoute)]
+    assert found == [("/b", "POST"), ("/c", "GET"), ("/a", "GET"), ("/b", "GET")]

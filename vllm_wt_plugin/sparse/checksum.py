@@ -74,29 +74,30 @@ def checksum_run(name: str, part: torch.Tensor, start: int = 0) -> int:
 
 
 def checksum_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> list[int]:
-    """The same of many (name, elements, start) on one device. Blocking."""
+    """The same of many (name, elements, start). Blocking."""
     return begin_runs(runs)()
 
 
 def begin_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> Callable[[], list[int]]:
     """The same, on CUDA by one kernel that the current stream takes behind what it was given: the
-    elements may change after that. The result waits, on the same stream."""
-    if not any(t.is_cuda for _, t, _ in runs):
-        done = [_strided(seed(n), t.detach().reshape(-1), start, (1,)) for n, t, start in runs]
-        return lambda: done
+    elements may change after that, and are not kept. The result waits for it."""
+    out = [0 if t.is_cuda else _strided(seed(n), t.detach().reshape(-1), start, (1,))
+           for n, t, start in runs]  # fmt: skip
+    on_gpu = [i for i, (_, t, _) in enumerate(runs) if t.is_cuda and t.numel()]
+    if not on_gpu:
+        return lambda: out
     from vllm_wt_plugin.sparse.kernels import CudaSums
     from vllm_wt_plugin.sparse.patch import WORDS
     from vllm_wt_plugin.sparse.scatter import Row
 
-    flat = [t.detach().contiguous().view(-1).view(WORDS[t.element_size()]) for _, t, _ in runs]
-    known, count = [i for i, f in enumerate(flat) if f.numel()], len(runs)
-    begun = CudaSums(
-        [(seed(runs[i][0]), Row(flat[i], runs[i][2], ((len(flat[i]), 1, 1),))) for i in known]
-    )
+    def part(name: str, t: torch.Tensor, start: int) -> tuple[int, Row]:
+        flat = t.detach().contiguous().view(-1).view(WORDS[t.element_size()])
+        return seed(name), Row(flat, start, ((len(flat), 1, 1),))
+
+    begun = CudaSums([part(*runs[i]) for i in on_gpu])
 
     def result() -> list[int]:
-        out = [0] * count  # nothing here keeps the elements
-        for i, s in zip(known, begun.result(), strict=True):
+        for i, s in zip(on_gpu, begun.result(), strict=True):
             out[i] = s
         return out
 

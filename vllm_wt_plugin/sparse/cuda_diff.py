@@ -19,7 +19,7 @@ import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.diff import Diff, Pair
-from vllm_wt_plugin.sparse.kernels import WORD_TYPE, moved, on, share, tiles
+from vllm_wt_plugin.sparse.kernels import WORD_TYPE, on, share, tiles, to_device
 from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
 
 TILE = 8192  # elements compared by one program
@@ -239,7 +239,7 @@ class CudaPart:
             if not grid:
                 return
             rows = torch.tensor([[self._row[s.name] for s in group.specs] + [0], group.starts])
-            which, starts = moved(rows, device)
+            which, starts = to_device(rows, device)
             put[grid,](
                 self._olds[which[:-1]], changed, starts, group.indices, group.values,
                 WORD=WORD_TYPE[self._size], TILE=CHANGES, num_warps=WARPS["take"],

@@ -161,7 +161,7 @@ class CudaScatter:
         self._table, self._group, device = table, group, group.values.device
         self._tiles, self._grid = tiles(group.counts, device, PATCH)
         which = [table.ids[s.name] for s in group.specs]
-        self._which, self._starts = moved(torch.tensor([[*which, 0], group.starts]), device)
+        self._which, self._starts = to_device(torch.tensor([[*which, 0], group.starts]), device)
         self._kept = [torch.empty_like(group.values) for _ in table.layers]
         self._found = torch.zeros(len(which), 2, dtype=torch.int64, device=device)
 
@@ -250,25 +250,32 @@ def _strided(  # type: ignore[no-untyped-def]
 
 
 class CudaSums:
-    """`checksum.checksum_region` of many (seed, live elements), begun on the current stream: a
-    launch for all that are a run of whole words, one more for each other form."""
+    """`checksum.checksum_region` of many (seed, live elements), begun on their devices' current
+    streams: on each a launch for all that are a run of whole words, one more for each other form.
+    """
 
     def __init__(self, parts: Sequence[tuple[int, Row]]) -> None:
         self._count = len(parts)
-        self._stream = torch.cuda.current_stream() if torch.cuda.is_available() else None
-        forms: dict[tuple[int, int, bool], list[int]] = {}
+        forms: dict[tuple[torch.device, tuple[int, int, bool]], list[int]] = {}
         for i, (_, r) in enumerate(parts):
-            forms.setdefault(_form(r), []).append(i)
-        self._begun = [(mine, _sums([parts[i] for i in mine], *f)) for f, mine in forms.items()]
+            forms.setdefault((r.dest.device, _form(r)), []).append(i)
+        self._begun = [
+            (mine, _sums([parts[i] for i in mine], *form), _stream(device))
+            for (device, form), mine in forms.items()
+        ]
 
     def result(self) -> list[int]:
-        """In the order of the parts. Blocking; waits for the stream it was begun on."""
+        """In the order of the parts. Blocking; waits for the streams they were begun on."""
         out = [0] * self._count
-        with torch.cuda.stream(self._stream):
-            for mine, sums in self._begun:
+        for mine, sums, stream in self._begun:
+            with torch.cuda.stream(stream):
                 for i, s in zip(mine, sums.tolist(), strict=True):
                     out[i] = s
         return out
+
+
+def _stream(device: torch.device) -> torch.cuda.Stream | None:
+    return torch.cuda.current_stream(device) if device.type == "cuda" else None
 
 
 def _form(r: Row) -> tuple[int, int, bool]:
@@ -295,7 +302,7 @@ def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) ->
             for (key, r), b in zip(parts, bytes_, strict=True)
         ]
     every, grid = tiles([row[2] for row in table], device, TILE)
-    rows = moved(torch.tensor(table), device)
+    rows = to_device(torch.tensor(table), device)
     sums = torch.zeros(len(parts), dtype=torch.int64, device=device)
     run: Any = _run
     strided: Any = _strided
@@ -318,13 +325,13 @@ def tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch
     n = torch.tensor(counts, dtype=torch.int64)
     per = (n + size - 1) // size
     total = int(per.sum())
-    per = moved(per, device)
+    per = to_device(per, device)
     which = torch.repeat_interleave(per, output_size=total)
     within = torch.arange(total, device=device) - (per.cumsum(0) - per)[which]
     return torch.stack([which, within * size], 1), total
 
 
-def moved(t: torch.Tensor, device: torch.device) -> torch.Tensor:
+def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host's tensor there. Does not wait for what the stream has to do before, as a copy out of
     pageable memory would."""
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t

@@ -48,7 +48,7 @@ class Connections:
     ) -> tuple[int, bytes]:
         """Status and content of the answer. Blocking. Raises ServerUnreachable, which is `heard`
         if the server got the request and did not answer in time."""
-        connection, sent = self._take(), False
+        connection, sent, whole = self._take(), False, False
         try:
             if connection.sock is None:
                 self._open(connection)
@@ -56,8 +56,8 @@ class Connections:
             sent = True
             response = connection.getresponse()
             status, content = response.status, response.read()
+            whole = connection.sock is not None  # else the server closes it
         except TimeoutError as exc:
-            connection.close()
             error = ServerUnreachable(
                 f"no answer in time to {method} {path}",
                 where=self._url,
@@ -66,17 +66,16 @@ class Connections:
             error.heard = sent
             raise error from exc
         except (OSError, http.client.HTTPException) as exc:
-            connection.close()
             raise ServerUnreachable(
-                f"{method} {path}: {exc or type(exc).__name__}",
+                f"{method} {path}: {str(exc) or type(exc).__name__}",
                 where=self._url,
                 next_step="check that the server runs and the address is right",
             ) from exc
-        except BaseException:  # an interrupt: what comes next on this connection is not ours
-            connection.close()
-            raise
-        if connection.sock is not None:
-            self._idle.append((connection, time.monotonic()))
+        finally:  # after an interrupt too, what comes next on it would be no answer of ours
+            if whole:
+                self._idle.append((connection, time.monotonic()))
+            else:
+                connection.close()
         return status, content
 
     def _take(self) -> http.client.HTTPConnection:

@@ -73,13 +73,13 @@ class Outgoing:
         device, after = meeting.device, nccl.current_stream(meeting.device)
 
         def send() -> Sums:
-            summing = Summing(update.names)
+            summing = Summing(update.names, source.tensors or ())
             fill: Filling | Walk = Walk(source, self._buckets, self._memory, summing.see)
             with nccl.on_side_stream(device, "fill", after), torch.no_grad():
                 try:
+                    with nccl.on_side_stream(device, "sum", after):
+                        summing.begin()
                     if source.tensors is not None:
-                        with nccl.on_side_stream(device, "sum", after):  # while they are sent
-                            summing.begin(source.tensors)
                         fill = self._planned(source)
                     sender = nccl.Sender(
                         meeting.group, self._memory, len(self._buckets), self._timeout_s,
@@ -146,24 +146,31 @@ def walk(source: Listing) -> None:
 
 
 class Summing:
-    """Checksums of what is sent, begun on the current stream while it is there: of each tensor of
-    a walk, or of all at once."""
+    """Checksums of what is sent: of a walk's tensors while they are there; of `lasting` ones on a
+    GPU while they are sent, and elsewhere after that, for replicas wait for the first bucket."""
 
-    def __init__(self, dtypes: dict[str, set[str]]) -> None:
-        self._dtypes = dtypes
+    def __init__(
+        self, dtypes: dict[str, set[str]], lasting: Iterable[tuple[str, torch.Tensor]]
+    ) -> None:
+        self._dtypes, self._lasting = dtypes, [(n, t) for n, t in lasting if n in dtypes]
         self._begun: list[tuple[list[tuple[str, str]], Callable[[], list[int]]]] = []
 
-    def see(self, name: str, t: torch.Tensor) -> None:
-        self.begin([(name, t)])
+    def begin(self) -> None:
+        """Give the current stream those that last."""
+        self._add([(n, t) for n, t in self._lasting if t.is_cuda])
 
-    def begin(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    def see(self, name: str, t: torch.Tensor) -> None:
+        self._add([(name, t)])
+
+    def _add(self, tensors: list[tuple[str, torch.Tensor]]) -> None:
         rows = [(n, d, t) for n, t in tensors for d in self._dtypes.get(n, ())]
         cast = [(n, t.to(getattr(torch, d)) if d else t, 0) for n, d, t in rows]
         if rows:
             self._begun.append(([(n, d) for n, d, _ in rows], begin_runs(cast)))
 
     def result(self) -> Sums:
-        """Blocking."""
+        """Blocking, after `begin`."""
+        self._add([(n, t) for n, t in self._lasting if not t.is_cuda])
         sums: Sums = defaultdict(dict)
         for rows, begun in self._begun:
             for (n, d), s in zip(rows, begun(), strict=True):

@@ -242,10 +242,10 @@ class ModuleSource:
         """Every tensor of the module tree. The tree is walked again only where it has changed:
         `Module.modules()` takes 2 ms for 800 modules, once for every push."""
         held = _held(self._tree) if self._tree else None
-        if held is None:
+        while held is None:
             self._tree = [(m, tuple(m._modules.values())) for m in self._module.modules()]
             held = _held(self._tree)
-        return [t for t in held or () if t is not None]
+        return [t for t in held if t is not None]
 
     def memory(self) -> list[Tensor] | None:
         """Every tensor of the module tree; None where iteration gathers or computes."""

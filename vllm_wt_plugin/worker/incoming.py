@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from functools import partial
 
 from vllm_wt_plugin.errors import NoUpdate, RequestError
 from vllm_wt_plugin.wire import messages as msg
@@ -57,7 +58,7 @@ class Incoming:
                 open_.by("in buckets")
                 self._bucket(verb.index, packed, open_, out)
             case Receive():
-                packed.expect_sums(verb.forms)
+                packed.expect_sums(verb.forms, partial(self._known.sum_written, packed))
                 self._receive(packed, open_, out, together=verb.together)
             case Written():
                 with out.timed("verify"):
@@ -134,8 +135,6 @@ class Incoming:
                 open_.wrote |= coming.writes
                 coming.receive()
                 self._link.release()
-            if isinstance(coming, PackedUpdate) and coming.awaits_sums and not coming.summing:
-                coming.summing = self._known.sum_written(coming, coming.checked)
         here = False
         if coming.complete:
             with out.timed("wait"):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -94,22 +94,26 @@ class PackedUpdate:
         self.plan, self.memory = announced.plan, announced.memory
         self.sizes = [size(b) for b in announced.buckets]
         self.told: dict[str, int] = {}  # the trainer's own checksums, where it broadcasts them
-        self.summing: Summing | None = None  # of what was written, begun behind the last bucket
-        self.checked = tuple(checked)
+        self.summing: Summing | None = None  # of the checked names, begun behind the last bucket
+        self._checked = tuple(checked)
         self._forms: tuple[str, ...] = ()
+        self._begin: Callable[[Collection[str]], Summing] | None = None
         self._announced = announced
         self._update = Update(host, announced.plan)
         self._next = 0
         computed = announced.plan.report.whole
-        self.received: dict[str, int] = {n: 0 for n in self.checked if n in computed}
+        self.received: dict[str, int] = {n: 0 for n in self._checked if n in computed}
         # Names that are one tensor: sums of what comes, which say whether it is the same.
         self._tied = {s.name: 0 for pair in announced.plan.must_equal for s in pair}
         self._read = announced.plan.computed_names | self.received.keys() | self._tied.keys()
 
-    def expect_sums(self, forms: tuple[str, ...]) -> None:
-        """The trainer's, of the checked names in each of these forms, behind the last bucket."""
-        self._forms = forms
-        if n := len(self.checked) * len(forms):
+    def expect_sums(
+        self, forms: tuple[str, ...], begin: Callable[[Collection[str]], Summing]
+    ) -> None:
+        """The trainer's, of the checked names in each of these forms, behind the last bucket; our
+        own `begin` when that is written, while the trainer's are on their way."""
+        self._forms, self._begin = forms, begin
+        if n := len(self._checked) * len(forms):
             self.sizes.append(n * SUM_BYTES)
 
     def expect(self, index: int) -> None:
@@ -129,25 +133,30 @@ class PackedUpdate:
     def ahead(self) -> bool:
         """Whether the expected bucket may be copied before it is known to be here: no copy waits
         for the GPU then. Not the first one, whose loss leaves the old weights."""
-        return 0 < self._next < len(self._announced.buckets) and self._plain is not None
+        i = self._next
+        return 0 < i < len(self._announced.buckets) and self._plain(i) is not None
 
-    @property
-    def _plain(self) -> Batch | None:
-        """All that the expected bucket needs, where that is copies which were made before."""
+    def _plain(self, index: int) -> Batch | None:
+        """All that a bucket needs, where that is copies which were made before."""
         a = self._announced
-        names = (p.spec.name for p in a.buckets[self._next])
-        return a.batches.get(self._next) if self._read.isdisjoint(names) else None
+        names = (p.spec.name for p in a.buckets[index])
+        return a.batches.get(index) if self._read.isdisjoint(names) else None
 
     def receive(self) -> None:
         """Copy the expected bucket, or read what is behind the last."""
         a, index = self._announced, self._next
+        self._next += 1
         if index == len(a.buckets):
-            self._next += 1
             return self._read_sums(a.memory[index % len(a.memory)][: self.sizes[index]])
-        if (batch := self._plain) is not None:
-            self._update.repeat(a.buckets[index], batch)
-            self._next += 1
-            return
+        self._copy(index)
+        if self._next == len(a.buckets) < len(self.sizes) and self._begin is not None:
+            self.summing = self._begin(self._checked)
+        return None
+
+    def _copy(self, index: int) -> None:
+        a = self._announced
+        if (batch := self._plain(index)) is not None:
+            return self._update.repeat(a.buckets[index], batch)
         memory = a.memory[index % len(a.memory)]
         pieces = [(p, rows_in(memory, p)) for p in a.buckets[index]]
         batch = self._update.receive_pieces(pieces, a.batches.get(index))
@@ -159,13 +168,13 @@ class PackedUpdate:
                     start = p.row * (rows.numel() // max(p.rows, 1))
                     have = sums[p.spec.name] + checksum_run(seed, rows, start)
                     sums[p.spec.name] = wrap(have)
-        self._next += 1
+        return None
 
     def _read_sums(self, data: torch.Tensor) -> None:
         """[checked names, forms] of int64: each name's in the form that it ends in here."""
         stored = self.plan.report.stored
         rows = data.cpu().view(torch.int64).view(-1, len(self._forms)).tolist()
-        for name, row in zip(self.checked, rows, strict=True):
+        for name, row in zip(self._checked, rows, strict=True):
             if (form := stored.get(name, "")) not in self._forms:
                 raise RequestError(
                     f"no checksum of its form {form or 'as it came'!r} was sent", where=name
@@ -175,11 +184,6 @@ class PackedUpdate:
     @property
     def complete(self) -> bool:
         return self._next == len(self.sizes)
-
-    @property
-    def awaits_sums(self) -> bool:
-        """Whether nothing but the trainer's checksums is yet to come."""
-        return self._next == len(self._announced.buckets) < len(self.sizes)
 
     def finish(self) -> None:
         """Raises RequestError, or PlanError where two names of one tensor brought other values."""

@@ -7,7 +7,7 @@ when all tensors come at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from collections.abc import Set as AbstractSet
 from typing import Any
 
@@ -16,16 +16,17 @@ from torch import nn
 
 from vllm_wt_plugin.errors import PlanError, RequestError
 from vllm_wt_plugin.wire.buckets import Piece
-from vllm_wt_plugin.worker.plan.batch import Batch
+from vllm_wt_plugin.worker.plan.batch import Batch, Pair
 from vllm_wt_plugin.worker.plan.blueprint import TensorForm, tensors_of_module
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.ops import storage_key
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.process import changed, install, rerun
-from vllm_wt_plugin.worker.plan.segment import Segment, narrow, source_view
+from vllm_wt_plugin.worker.plan.segment import Region, Segment, narrow, source_view
 
 Tensors = Mapping[str, torch.Tensor]
 Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
+_Copy = tuple[torch.Tensor, torch.Tensor, Region]  # destination, source, what of it
 MANY = 32  # copies, that take longer one by one than to be described in a table (0.8 ms)
 
 
@@ -107,45 +108,53 @@ class Replay:
         self._plan, self._tensors = plan, tensors
         self._staging: dict[str, tuple[list[int], Batch]] = {}  # of modules: addresses, copies
         self.modules = {m for m in plan.in_place if m in plan.segments}
-        pairs, self._loose = [], []
+        pairs, self._loose = [], list[_Copy]()
         for module in sorted(self.modules):
-            own = tensors_of_module(plan.modules[module])
-            for seg in plan.segments[module]:
-                dest = seg.dest.of_tensor(own[seg.target[1]])
-                source = source_view(tensors[seg.name], seg.source)
-                if storage_key(source) == storage_key(tensors[seg.name]):
-                    pairs.append((dest, source))
-                else:  # a view could not express it: read it anew each time
-                    self._loose.append((dest, tensors[seg.name], seg.source))
+            fixed, loose = self._pairs(module, tensors_of_module(plan.modules[module]))
+            pairs += fixed
+            self._loose += loose
         self._batch = Batch(pairs)
 
     def run(self) -> None:
         self._batch.run()
-        for dest, tensor, region in self._loose:
-            dest.copy_(source_view(tensor, region))
+        _run(self._loose)
 
     def stage(self, module: str, into: dict[str, torch.Tensor]) -> None:
-        """Fill `into`, a processed module's tensors in checkpoint form. They are new each time, but
-        an MoE's big ones nearly always lie where the last ones did: its copies, some for each
-        expert, are then a launch. One by one they take as long as vLLM's processing."""
+        """Fill `into`, a processed module's tensors in checkpoint form. They are new each time;
+        where they lie as the last ones did, the copies of an MoE, some for each expert, are the
+        same launch. One by one they take as long as vLLM's processing."""
         where = [t.data_ptr() for t in into.values()]
-        if module in self._staging and self._staging[module][0] == where:
-            return self._staging[module][1].run()
-        pairs, views = [], True
-        for seg in self._plan.segments[module]:
-            tensor = self._tensors[seg.name]
-            source = source_view(tensor, seg.source)
-            views = views and storage_key(source) == storage_key(tensor)
-            pairs.append((seg.dest.of_tensor(into[seg.target[1]]), source))
+        known = self._staging.get(module)
+        if known is not None and known[0] == where:
+            return known[1].run()
+        pairs, loose = self._pairs(module, into)
+        _run(loose)
         if len(pairs) < MANY:
             for dest, source in pairs:
                 dest.copy_(source)
             return None
         batch = Batch(pairs)
         batch.run()
-        if views and (bare := batch.by_address()) is not None:
+        if not loose and (bare := batch.by_address()) is not None:
             self._staging[module] = where, bare
         return None
+
+    def _pairs(self, module: str, into: dict[str, torch.Tensor]) -> tuple[list[Pair], list[_Copy]]:
+        """Copies between fixed addresses, and those whose source no view expresses."""
+        pairs, loose = [], []
+        for seg in self._plan.segments[module]:
+            tensor, dest = self._tensors[seg.name], seg.dest.of_tensor(into[seg.target[1]])
+            source = source_view(tensor, seg.source)
+            if storage_key(source) == storage_key(tensor):
+                pairs.append((dest, source))
+            else:
+                loose.append((dest, tensor, seg.source))
+        return pairs, loose
+
+
+def _run(copies: Iterable[_Copy]) -> None:
+    for dest, tensor, region in copies:
+        dest.copy_(source_view(tensor, region))
 
 
 class Update:
