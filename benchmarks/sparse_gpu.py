@@ -83,11 +83,12 @@ class Applied:
         update = PatchUpdate(self.session.known.host, patched, push, {"patches": buffer})
         made = time.perf_counter()
         update.prepare()
-        read = time.perf_counter()
+        checked = time.perf_counter()
         update.apply()
+        update.finish()
         torch.cuda.synchronize()
         end = time.perf_counter()
-        self.phases = {"tables": made - start, "read": read - made, "write": end - read}
+        self.phases = {"tables": made - start, "check": checked - made, "swap": end - checked}
         return update
 
     def sums(self) -> dict[str, Any]:

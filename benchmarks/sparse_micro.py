@@ -131,14 +131,12 @@ class Bench:
             kernels.PATCH, kernels.WARPS["patch"] = tile, warps
             ways: Any = table.scatter(group)
             label = f"tile {tile}, {warps} warps"
-            read = gpu_ms(lambda w=ways: w._launch(kernels.READ))
-            show(f"patch, read and check, {label}", read, n * (8 + apart))
-            show(f"patch, write, {label}", gpu_ms(ways.write), n * (6 + 2 * apart))
+            show(f"patch, check, {label}", gpu_ms(ways.check), n * 4)
+            show(f"patch, swap, {label}", gpu_ms(ways.swap), n * (8 + 2 * apart))
             ways.undo()
         kernels.PATCH, kernels.WARPS["patch"] = 2048, 8
-        for what, call in (("tables", lambda: table.scatter(group)),
-                           ("tables and read", lambda: table.scatter(group).read()),
-                           ("write", ways.write)):  # fmt: skip
+        for what, call in (("tables", lambda: table.scatter(group)), ("check", ways.check),
+                           ("swap", ways.swap)):  # fmt: skip
             returned, done = host_ms(call)
             print(f"patch, {what}: {returned:.3f} ms to return, {done:.3f} to the end", flush=True)
 

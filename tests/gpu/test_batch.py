@@ -65,3 +65,23 @@ def test_beyond_two_to_the_31_elements() -> None:
     dst = torch.zeros_like(src)
     Batch([(dst, src)]).run()
     assert torch.equal(dst, src)
+
+
+def test_copies_into_tensors_that_are_made_anew() -> None:
+    """As many as an MoE's, in three places by turns."""
+    sources = [_random((64, 96), torch.bfloat16, i) for i in range(80)]
+    want = torch.stack(sources)
+
+    def fill(into: torch.Tensor) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        return list(zip(into, sources, strict=True))
+
+    into = torch.zeros_like(want)
+    (batch := Batch(fill(into))).run()
+    moving = batch.moving([into.data_ptr()])
+    assert moving is not None
+    held = [into]
+    for _ in range(3):
+        held.append(torch.zeros_like(want))
+        assert moving.run([held[-1].data_ptr()])
+    assert moving.run([held[1].zero_().data_ptr()])
+    assert all(torch.equal(x.view(torch.int16), want.view(torch.int16)) for x in held)

@@ -103,22 +103,24 @@ def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES)
         before = [x.clone() for x in lives]
         way = kernels.CudaTable(rows, numels, g.indices.dtype, g.values.dtype, g.values.device)
         reference, ours = TorchTable(rows).scatter(g), way.scatter(g)
-        sums = reference.read()
-        assert ours.read() == sums
-        assert way.scatter(shuffled(g)).read() == sums
+        mixed = way.scatter(shuffled(g))
+        for ways in (reference, ours, mixed):
+            ways.check()
+            ways.undo()  # of nothing
         for wrong in refused(g) if dtype == DTYPES[0] else ():
             with pytest.raises(RequestError, match=r"given twice|elements"):
-                way.scatter(wrong).read()
+                way.scatter(wrong).check()
         assert equal(lives, before)
-        reference.write()
+        sums = reference.swap()
         after = [x.clone() for x in lives]
         assert not equal(after, before)
         reference.undo()
         assert equal(lives, before)
-        ours.write()
-        assert equal(lives, after)
-        ours.undo()
-        assert equal(lives, before)
+        for ways in (ours, mixed, ours):
+            assert ways.swap() == sums
+            assert equal(lives, after)
+            ways.undo()
+            assert equal(lives, before)
 
 
 def shuffled(g: Group) -> Group:

@@ -127,9 +127,11 @@ def test_what_was_lost_repeated_or_reordered_is_refused() -> None:
         pair.assert_serves(old, "2")
 
 
+@pytest.mark.parametrize("shadow", [False, True])
 @pytest.mark.parametrize("what", ["values", "indices", "old"])
-def test_what_is_corrupted_is_refused(what: str) -> None:
-    pair = Pair(shadow=True)
+def test_what_is_corrupted_is_refused(what: str, shadow: bool) -> None:
+    """Without a shadow, tensors in full come with the patches: those are never written then."""
+    pair = Pair(shadow=shadow)
     old = copies(pair.tensors)
     push = pair.load(pair.change())
     buffer = pair.sender.buffer
@@ -144,6 +146,19 @@ def test_what_is_corrupted_is_refused(what: str) -> None:
     else:  # the engine's weights have drifted
         push = msgspec.structs.replace(push, sums=[s ^ 8 for s in push.sums])
     refused(pair, push, "checksum|index", old)
+
+
+@pytest.mark.parametrize("shadow", [False, True])
+def test_parts_that_do_not_add_up_are_taken_back(shadow: bool) -> None:
+    """Each rank says that it has a part alone: only all together see what is wrong."""
+    pair = Pair(2, shadow)
+    old = copies(pair.tensors)
+    push = pair.load(pair.change())
+    for rank, worker in enumerate(pair.workers):
+        places = worker.session.known.patched(push)[0].places
+        places._held = {n: (False, f"part of rank {rank}") for n in push.names}
+    refused(pair, push, "the checksum of .* taken back; push dense", old)
+    assert all(w.session.last is None for w in pair.workers)
 
 
 @pytest.mark.parametrize(

@@ -138,14 +138,14 @@ def test_a_patch_is_a_copy(data: st.DataObject) -> None:
             group = _shuffled(d.group) if data.draw(st.booleans()) else d.group
             numels = {c.spec.name: c.spec.numel for c in given_}
             ways = table(rows, numels, group).scatter(group)
-            for spec, x in zip(group.specs, ways.read(), strict=True):
-                total[spec.name] = wrap(total[spec.name] + x)
+            ways.check()
             assert _same(_bits(shards), before_bits)
-            ways.write()
+            ways.swap()
             assert _same(_bits(shards), dense)
             ways.undo()
             assert _same(_bits(shards), before_bits)
-            ways.write()
+            for spec, x in zip(group.specs, ways.swap(), strict=True):
+                total[spec.name] = wrap(total[spec.name] + x)
     assert total == sums  # over all ranks, replicas once
     for c in given_:  # and so do the full sums of what lies there now
         parts = [checksum_region(c.spec.name, own[0].dest, own[0].place) for own in c.ranks if own]

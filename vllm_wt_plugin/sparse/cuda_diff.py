@@ -19,8 +19,8 @@ import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.diff import Diff, Pair
-from vllm_wt_plugin.sparse.kernels import WORD_TYPE, on, share, tiles, to_device
-from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
+from vllm_wt_plugin.sparse.kernels import WORD_TYPE, on, share, tiles
+from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype, to_device
 
 TILE = 8192  # elements compared by one program
 CHANGES = 1024  # changed elements that one program takes or puts

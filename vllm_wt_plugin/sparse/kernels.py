@@ -9,21 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import triton
 import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
-from vllm_wt_plugin.sparse.patch import Group, ordered
+from vllm_wt_plugin.sparse.patch import Group, ordered, to_device
 from vllm_wt_plugin.sparse.scatter import Layers, Row
 
 TILE = 4096  # words summed by one program
 PATCH = 2048  # elements of a patch moved by one program
 WARPS = {"sums": 8, "patch": 8}
 C_INDEX, C_MIX, C_HIGH = tl.constexpr(cs.C_INDEX), tl.constexpr(cs.C_MIX), tl.constexpr(cs.C_HIGH)
-READ, WRITE, UNDO = 0, 1, 2
 WORD_TYPE = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
 
@@ -65,25 +64,42 @@ def share(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _scatter(  # type: ignore[no-untyped-def]
-    entries, rows, tiles, which, starts, indices, values, kept, found, MODE: tl.constexpr,
+def _check(entries, tiles, which, starts, indices, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Counts in `bad` the indices that do not ascend within their patch, or are out of range."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 2
+    patch = tl.load(tile)
+    begin = tl.load(starts + patch)
+    at = begin + tl.load(tile + 1) + tl.arange(0, TILE)
+    mask = at < tl.load(starts + patch + 1)
+    index = tl.load(indices + at, mask=mask, other=0)
+    before = tl.load(indices + at - 1, mask=mask & (at > begin), other=-1)
+    far = tl.load(entries + tl.load(which + patch) * 4 + 3)
+    wrong = tl.sum((mask & ((index <= before) | (index >= far))).to(tl.int32))
+    if wrong > 0:
+        tl.atomic_add(bad, wrong.to(tl.int64), sem="relaxed")
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _swap(  # type: ignore[no-untyped-def]
+    entries, rows, tiles, which, starts, indices, values, kept, moved, UNDO: tl.constexpr,
     FIRST: tl.constexpr, DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr,
     WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Elements `starts[i]` to `starts[i + 1]` belong to entry `which[i]`. entries [n, 4]: first
     row, end row, seed, elements. rows [m, 2 + 3 DIMS]: address, source offset, (size, source
-    stride, destination stride) per dimension. found [n, 2]: what is added to the checksum, and
-    how many indices do not ascend or are out of range."""
+    stride, destination stride) per dimension. moved [n]: what is added to the checksum.
+
+    A place is written while its 32 bytes are still in the cache: a later pass would fetch them
+    again, to write two."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     patch = tl.load(tile)
     own = entries + tl.load(which + patch) * 4
-    begin = tl.load(starts + patch)
-    at = begin + tl.load(tile + 1) + tl.arange(0, TILE)
+    at = tl.load(starts + patch) + tl.load(tile + 1) + tl.arange(0, TILE)
     mask = at < tl.load(starts + patch + 1)
     index = tl.load(indices + at, mask=mask, other=0)
-    moved = tl.zeros([TILE], tl.int64)
     key = tl.load(own + 2).to(tl.uint32)
-    if MODE != 2:
+    added = tl.zeros([TILE], tl.int64)
+    if not UNDO:
         new = tl.load(values + at, mask=mask, other=0)
     for r in range(tl.load(own), tl.load(own + 1)):
         row = rows + r * (2 + 3 * DIMS)
@@ -100,21 +116,17 @@ def _scatter(  # type: ignore[no-untyped-def]
             offset += step.to(tl.int64) * tl.load(row + 4 + 3 * d)
             rest = rest - step * stride
         inside = inside & (rest == 0)
-        if MODE == 0:
+        if UNDO:
+            tl.store(dest + offset, tl.load(kept + at, mask=inside, other=0), mask=inside)
+        else:
             old = tl.load(dest + offset, mask=inside, other=0)
+            tl.store(dest + offset, new, mask=inside)
             tl.store(kept + at, old, mask=inside)
             if FIRST:
                 change = share(new, index, key, SIZE, WIDE) - share(old, index, key, SIZE, WIDE)
-                moved += tl.where(inside, change, 0)
-        else:
-            value = tl.load(kept + at, mask=inside, other=0) if MODE == 2 else new
-            tl.store(dest + offset, value, mask=inside)
-    if MODE == 0 and FIRST:
-        before = tl.load(indices + at - 1, mask=mask & (at > begin), other=-1)
-        bad = tl.sum((mask & ((index <= before) | (index >= tl.load(own + 3)))).to(tl.int32))
-        tl.atomic_add(found + patch * 2, tl.sum(moved), sem="relaxed")
-        if bad > 0:
-            tl.atomic_add(found + patch * 2 + 1, bad.to(tl.int64), sem="relaxed")
+                added += tl.where(inside, change, 0)
+    if FIRST and not UNDO:
+        tl.atomic_add(moved + patch, tl.sum(added), sem="relaxed")
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,7 +167,7 @@ class CudaTable:
 
 
 class CudaScatter:
-    """`scatter.TorchScatter` in one launch per layer and step. Asynchronous, but for `read`."""
+    """`scatter.TorchScatter` in one launch per layer. `undo` is asynchronous."""
 
     def __init__(self, table: CudaTable, group: Group) -> None:
         self._table, self._group, device = table, group, group.values.device
@@ -163,40 +175,45 @@ class CudaScatter:
         which = [table.ids[s.name] for s in group.specs]
         self._which, self._starts = to_device(torch.tensor([[*which, 0], group.starts]), device)
         self._kept = [torch.empty_like(group.values) for _ in table.layers]
-        self._found = torch.zeros(len(which), 2, dtype=torch.int64, device=device)
+        self._swapped = 0  # layers, whose old values are in `_kept`
 
-    def _launch(self, mode: int) -> None:
-        g, table = self._group, self._table
-        kernel: Any = _scatter
+    def check(self) -> None:
+        if not self._grid:
+            return
+        g, check = self._group, cast(Any, _check)
+        with on(g.values.device):
+            bad = torch.zeros(1, dtype=torch.int64, device=g.values.device)
+            check[self._grid,](
+                self._table.layers[0].entries, self._tiles, self._which, self._starts, g.indices,
+                bad, TILE=PATCH, num_warps=WARPS["patch"],
+            )  # fmt: skip
+            if bad.item():
+                self._group = ordered(g)
+
+    def swap(self) -> list[int]:
+        moved = torch.zeros(
+            len(self._group.specs), dtype=torch.int64, device=self._group.values.device
+        )
+        self._launch(moved, undo=False)
+        sums: list[int] = moved.tolist()
+        return sums
+
+    def undo(self) -> None:
+        self._launch(None, undo=True)
+
+    def _launch(self, moved: torch.Tensor | None, *, undo: bool) -> None:
+        g, table, swap = self._group, self._table, cast(Any, _swap)
         if not self._grid:
             return
         with on(g.values.device):
-            for k, layer in enumerate(table.layers):
-                kernel[self._grid,](
+            for k, layer in enumerate(table.layers[: self._swapped if undo else None]):
+                swap[self._grid,](
                     layer.entries, layer.rows, self._tiles, self._which, self._starts, g.indices,
-                    g.values, self._kept[k], self._found, MODE=mode, FIRST=k == 0,
-                    DIMS=table.dims, WORD=WORD_TYPE[table.size], SIZE=table.size,
-                    WIDE=table.wide, TILE=PATCH, num_warps=WARPS["patch"],
+                    g.values, self._kept[k], moved, UNDO=undo, FIRST=k == 0, DIMS=table.dims,
+                    WORD=WORD_TYPE[table.size], SIZE=table.size, WIDE=table.wide, TILE=PATCH,
+                    num_warps=WARPS["patch"],
                 )  # fmt: skip
-
-    def read(self) -> list[int]:
-        found = self._read()
-        if bool(found[:, 1].any()):
-            self._group = ordered(self._group)
-            found = self._read()
-        sums: list[int] = found[:, 0].tolist()
-        return sums
-
-    def _read(self) -> torch.Tensor:
-        self._found.zero_()
-        self._launch(READ)
-        return self._found.cpu()
-
-    def write(self) -> None:
-        self._launch(WRITE)
-
-    def undo(self) -> None:
-        self._launch(UNDO)
+                self._swapped = max(self._swapped, k + 1)
 
 
 # ---- whole tensors ------------------------------------------------------------------------
@@ -329,12 +346,6 @@ def tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch
     which = torch.repeat_interleave(per, output_size=total)
     within = torch.arange(total, device=device) - (per.cumsum(0) - per)[which]
     return torch.stack([which, within * size], 1), total
-
-
-def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host's tensor there. Does not wait for what the stream has to do before, as a copy out of
-    pageable memory would."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

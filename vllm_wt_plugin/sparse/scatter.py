@@ -129,15 +129,15 @@ def _overlap(a: Row, b: Row) -> bool:
 
 
 class Scatter(Protocol):
-    """One group's patches and the places they go to. `read`, then `write`; `undo` reverts it."""
+    """One group's patches and the places they go to: `check`, then `swap`; `undo` reverts that."""
 
-    def read(self) -> list[int]:
-        """Check the indices, sorting first what is not in order, and keep the old values; per
-        patch, what writing will add to the checksum (this rank's elements). Writes nothing.
+    def check(self) -> None:
+        """Sort what is not in order. Writes nothing live. Raises RequestError naming the parameter
+        for an index out of range or given twice."""
 
-        Raises RequestError naming the parameter for an index out of range or given twice."""
-
-    def write(self) -> None: ...
+    def swap(self) -> list[int]:
+        """Write, and keep what stood there, in one pass; per patch, what that added to the
+        checksum (this rank's elements)."""
 
     def undo(self) -> None: ...
 
@@ -173,10 +173,12 @@ class TorchScatter:
 
     def __init__(self, group: Group, rows: Sequence[Layers]) -> None:
         self._group, self._rows = group, rows
-        self._undo: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]] = []
+        self._undo: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []
 
-    def read(self) -> list[int]:
+    def check(self) -> None:
         self._group = ordered(self._group)
+
+    def swap(self) -> list[int]:
         self._undo = []
         sums = []
         for (spec, indices, values), own in zip(self._group.rows(), self._rows, strict=True):
@@ -185,16 +187,13 @@ class TorchScatter:
                 for r in layer:
                     hit, at = r.locate(indices)
                     old, new = r.dest[at], values[hit]
-                    self._undo.append((r.dest, at, old, new))
+                    self._undo.append((r.dest, at, old))
+                    r.dest[at] = new
                     if depth == 0:
                         total += checksum_change(spec.name, indices[hit], old, new)
             sums.append(wrap(total))
         return sums
 
-    def write(self) -> None:
-        for dest, at, _, new in self._undo:
-            dest[at] = new
-
     def undo(self) -> None:
-        for dest, at, old, _ in reversed(self._undo):
+        for dest, at, old in reversed(self._undo):
             dest[at] = old

@@ -61,14 +61,14 @@ def _left_over(spec: ParamSpec, reports: list[PlanReport]) -> bool:
     )
 
 
-def check_patches(push: PatchPush, ready: list[Reply]) -> None:
+def check_patches(push: PatchPush, applied: list[Reply]) -> None:
     """Raise unless the parts of all ranks add up to what the trainer says its patches change."""
-    ranks = [r.info["sums"] for r in ready]
+    ranks = [r.info["sums"] for r in applied]
     if wrong := sorted(set(wrong_sums(push, ranks))):
         raise TransferError(
             f"the checksum of {len(wrong)} tensors is not the trainer's: {', '.join(wrong[:20])}",
             where=wrong[0],
-            next_step="nothing was written; push dense",
+            next_step="they are taken back; push dense",
         )
 
 

@@ -4,7 +4,8 @@ Each function is a generator that yields actions and is sent their results; a dr
 (`server/control.py` with await, `trainer/client.py` on an LLM object without). An error of an
 action is thrown in, the generator undoes what was done, and raises it again.
 
-    begin + prepare on every rank → all agree → pause → apply + commit → all did → caches → resume
+    begin + prepare on every rank → all agree → pause → apply + commit → all did, and the checksums
+    of patches agree → caches → resume
 """
 
 from __future__ import annotations
@@ -163,13 +164,20 @@ def push(
             ready = yield from coming(begin)
         report = agree(ready, specs)
         yield from _still_paused(was_paused, ready)
-        if isinstance(request, PatchPush):
-            check_patches(request, ready)
         if not was_paused:
             paused = True
             yield Pause()
-        done = yield Call((msg.Apply(session), msg.Commit(session, request.version)))
+        apply, commit = msg.Apply(session), msg.Commit(session, request.version)
+        # Patches can be taken back after commit, tensors in full cannot.
+        apart = isinstance(request, PatchPush) and request.whole
+        done = yield Call((apply,) if apart else (apply, commit))
         agree(done)
+        if isinstance(request, PatchPush):
+            check_patches(request, done)
+        if apart:
+            ready += done
+            done = yield Call((commit,))
+            agree(done)
     except Exception as exc:
         now = yield from _undo(session, exc, done, resume=paused)
         if isinstance(exc, WeightSyncError):
@@ -271,13 +279,14 @@ def update(
         if push is not None:
             ready = yield Call((msg.PreparePatches(session, push),))
             report = agree(ready)
-            check_patches(push, ready)
         else:
             ready = yield Call((msg.PreparePart(session, key, parts),))
             # Where every rank gets its own, none can tell what the others take of a name.
             report = agree(ready, infos[0].specs if len(infos) == 1 else ())
         done = yield Call((msg.Apply(session),))
         agree(done)
+        if push is not None:
+            check_patches(push, done)
     except Exception as exc:
         yield from _undo(session, exc, done, resume=open_[0].state.resume_after)
         raise

@@ -1,6 +1,6 @@
 """A push of patches on one worker.
 
-prepare (check, read old values, compare checksums) → apply (write) → commit; or undo: the old bits
+prepare (check) → apply (write, keep the old bits, compare checksums) → finish; or undo
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def open_patches(
     if memory is None:
         with timed("wait"):
             memory = known.patch_memory(push)
-    with timed("read"):
+    with timed("check"):
         update = PatchUpdate(known.host, patched, push, memory)
     return update, patched.places.plan.report if new else None
 
@@ -102,7 +102,7 @@ class Arriving:
 
 class PatchUpdate:
     """One push of patches under way. `undo` is exact, and possible after commit too, unless
-    whole tensors without a shadow were written (`exact`)."""
+    whole tensors without a shadow were written: then it is not `exact`."""
 
     def __init__(
         self, host: Host, patched: Patched, push: PatchPush, memory: dict[str, torch.Tensor]
@@ -124,8 +124,12 @@ class PatchUpdate:
             places.plan.report.elements,
         )
         self._patched = {s.name for s in specs} & places.whole.keys()
-        self.exact = not self._sent
-        self.wrote = False
+        self.wrote = self._processed = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether `undo` can put back all that was written."""
+        return not (self._sent and self._processed)
 
     def _check_whole(self) -> None:
         """Tensors in full come with all of their group, as a dense update would bring them."""
@@ -140,25 +144,12 @@ class PatchUpdate:
                 next_step="send all names that the plan's report gives one group",
             )
 
-    def prepare(self) -> dict[str, list[Part]]:
-        """Read the old values and compare checksums; writes nothing live.
-
-        Returns the parts of tensors that no rank holds whole, for all ranks to be added up.
-        Raises TransferError where the engine's old values, or what arrived, are not the trainer's.
-        """
-        want = dict(zip(self._push.names, self._push.sums, strict=False))
-        wrong, parts = self._arrived_wrong(), dict[str, list[Part]]()
-        for group, ways in self._scatters:
-            for spec, have in zip(group.specs, ways.read(), strict=True):
-                if spec.name not in want:
-                    continue
-                every, part = self._places.held(spec.name)
-                if part and not every:
-                    parts[spec.name] = [(part, have)]
-                elif have != (want[spec.name] if every else 0):
-                    wrong.append(spec.name)
-        check_sums(wrong)
-        return parts
+    def prepare(self) -> None:
+        """Everything that can be wrong with what came; writes nothing live. Raises RequestError
+        naming the parameter, TransferError for tensors in full that are not the trainer's."""
+        for _, ways in self._scatters:
+            ways.check()
+        check_sums(self._arrived_wrong())
 
     def _arrived_wrong(self) -> list[str]:
         """Tensors in full that are not the trainer's; where it says what they add up to."""
@@ -169,14 +160,33 @@ class PatchUpdate:
         return [name for name, a, b in rows if a != b]
 
     @torch.no_grad()
-    def apply(self) -> None:
-        """Write, once. What is not a scatter goes through vLLM's processing, of its modules
-        only."""
-        if self.wrote:
-            return
+    def apply(self) -> dict[str, list[Part]]:
+        """Write the patches, once.
+
+        Returns the parts of tensors that no rank holds whole, for all ranks to be added up.
+        Raises TransferError where the engine's old values, or what arrived, are not the trainer's:
+        to be undone.
+        """
+        want = dict(zip(self._push.names, self._push.sums, strict=False))
+        wrong, parts = list[str](), dict[str, list[Part]]()
         self.wrote = True
-        for _, ways in self._scatters:
-            ways.write()
+        for group, ways in self._scatters:
+            for spec, have in zip(group.specs, ways.swap(), strict=True):
+                if spec.name not in want:
+                    continue
+                every, part = self._places.held(spec.name)
+                if part and not every:
+                    parts[spec.name] = [(part, have)]
+                elif have != (want[spec.name] if every else 0):
+                    wrong.append(spec.name)
+        check_sums(wrong)
+        return parts
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """What is not a scatter goes through vLLM's processing, of its modules only. After the
+        checksums of all ranks were compared: tensors in full are not taken back."""
+        self._processed = True
         self._process(self._sent)
 
     @torch.no_grad()
@@ -185,8 +195,9 @@ class PatchUpdate:
         if self.wrote:
             for _, ways in reversed(self._scatters):
                 ways.undo()
-            self._process({})
-        self.wrote = False
+            if self._processed:
+                self._process({})
+        self.wrote = self._processed = False
 
     def _process(self, sent: dict[str, torch.Tensor]) -> None:
         shadowed = self._places.group_of(self._patched) - sent.keys()
@@ -208,7 +219,7 @@ def check_sums(wrong: Iterable[str]) -> None:
         raise TransferError(
             f"the checksum of {len(names)} tensors is not the trainer's: {', '.join(names[:20])}",
             where=names[0],
-            next_step="nothing was written; push dense",
+            next_step="they are taken back; push dense",
         )
 
 

@@ -199,7 +199,7 @@ class WorkerSession:
         open_.prepared = held
 
     def prepare_patches(self, verb: msg.PreparePatches, out: Draft) -> None:
-        """Everything that can be wrong is found here, while the engine serves."""
+        """While the engine serves; only what the old weights are is found when they are written."""
         open_ = self._mine(verb.session, out)
         open_.by("as patches")
         arrived, open_.arriving = open_.arriving, None
@@ -207,17 +207,18 @@ class WorkerSession:
             self.known, verb.push, self.version, self.dirty, out.timed,
             None if arrived is None else arrived.tensors,
         )  # fmt: skip
-        with out.timed("read"):
-            out.info["sums"] = update.prepare()
+        with out.timed("check"):
+            update.prepare()
         open_.patches.append(update)
 
     def apply(self, session: str, out: Draft) -> None:
         open_ = self._mine(session, out)
         if open_.prepared is None and any(not p.wrote for p in open_.patches):
-            with out.timed("copy"):
+            with out.timed("apply"):
                 open_.wrote = True
                 for p in open_.patches:
-                    p.apply()
+                    if not p.wrote:
+                        out.info["sums"] = p.apply()
                 self._synchronize()
             return
         if open_.prepared is None:
@@ -271,6 +272,9 @@ class WorkerSession:
             elif open_.patches:
                 if not all(p.wrote for p in open_.patches):
                     raise NoUpdate("the patches were not applied", next_step="apply them first")
+                for p in open_.patches:
+                    p.finish()
+                self._synchronize()
             elif open_.update is None and (self.dirty or open_.wrote):
                 raise NoUpdate(
                     "nothing complete was written", next_step="push every weight, then finish"

@@ -9,10 +9,12 @@ transposed inner dimension) stays a `copy_`.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+
+from vllm_wt_plugin.sparse.patch import to_device
 
 Pair = tuple[torch.Tensor, torch.Tensor]  # (destination, source): same shape, maybe another dtype
 CASTS = {torch.float32, torch.bfloat16, torch.float16}
@@ -87,14 +89,39 @@ class Batch:
         for dst, src in self._single:
             dst.copy_(src)
 
-    def by_address(self) -> Batch | None:
-        """The same without holding the tensors: whoever runs it knows that tensors of these forms
-        lie at their addresses. None where a copy is not done by address."""
-        if self._single:
-            return None
-        bare = Batch(())
-        bare._launches = self._launches
-        return bare
+    def moving(self, bases: Sequence[int]) -> Moving | None:
+        """The same for destinations in tensors that are made anew each time, now at these
+        addresses. None where a copy is not done by address."""
+        return None if self._single else Moving(self._launches, bases)
+
+
+class Moving:
+    """Copies from fixed places into tensors whose addresses change, and nothing else of them.
+
+    Holds the destinations no longer: whoever runs it has tensors of the same forms there.
+    """
+
+    def __init__(self, launches: Sequence[_Launch], bases: Sequence[int]) -> None:
+        self._launches, self._bases = launches, torch.tensor(bases, dtype=torch.int64)
+        ascending, order = self._bases.sort()
+        ends = [x.table[:, 0].cpu().contiguous() for x in launches]
+        owners = [order[torch.searchsorted(ascending, at, right=True) - 1] for at in ends]
+        # Of each copy: in which tensor it ends.
+        self._owners = [o.to(x.table.device) for o, x in zip(owners, launches, strict=True)]
+
+    def run(self, bases: Sequence[int]) -> bool:
+        """Asynchronous. False, with nothing done, where the new addresses are not aligned alike."""
+        now = torch.tensor(bases, dtype=torch.int64)
+        shift = now - self._bases
+        if bool((shift % 16).any()):
+            return False
+        if bool(shift.any()):
+            for launch, owner in zip(self._launches, self._owners, strict=True):
+                launch.table[:, 0] += to_device(shift, launch.table.device)[owner]
+            self._bases = now
+        for launch in self._launches:
+            launch.run()
+        return True
 
 
 @dataclass(frozen=True, slots=True)

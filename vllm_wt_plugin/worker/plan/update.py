@@ -7,8 +7,9 @@ when all tensors come at once.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import nn
 
 from vllm_wt_plugin.errors import PlanError, RequestError
 from vllm_wt_plugin.wire.buckets import Piece
-from vllm_wt_plugin.worker.plan.batch import Batch, Pair
+from vllm_wt_plugin.worker.plan.batch import Batch, Moving
 from vllm_wt_plugin.worker.plan.blueprint import TensorForm, tensors_of_module
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.ops import storage_key
@@ -26,7 +27,6 @@ from vllm_wt_plugin.worker.plan.segment import Region, Segment, narrow, source_v
 
 Tensors = Mapping[str, torch.Tensor]
 Place = tuple[int, tuple[int, ...], tuple[int, ...]]  # address, shape, strides
-_Copy = tuple[torch.Tensor, torch.Tensor, Region]  # destination, source, what of it
 MANY = 32  # copies, that take longer one by one than to be described in a table (0.8 ms)
 
 
@@ -106,55 +106,68 @@ class Replay:
 
     def __init__(self, plan: LoadPlan, tensors: Tensors) -> None:
         self._plan, self._tensors = plan, tensors
-        self._staging: dict[str, tuple[list[int], Batch]] = {}  # of modules: addresses, copies
+        self._views: dict[str, list[_Copy]] = {}  # of processed modules
+        self._many: dict[str, Moving] = {}  # of those of many copies
         self.modules = {m for m in plan.in_place if m in plan.segments}
-        pairs, self._loose = [], list[_Copy]()
+        pairs, self._loose = [], list[tuple[torch.Tensor, _Copy]]()
         for module in sorted(self.modules):
-            fixed, loose = self._pairs(module, tensors_of_module(plan.modules[module]))
-            pairs += fixed
-            self._loose += loose
+            live = tensors_of_module(plan.modules[module])
+            for copy in self._copies(module):
+                dest = copy.dest.of_tensor(live[copy.tensor])
+                if copy.part is None:
+                    pairs.append((dest, copy.source))
+                else:
+                    self._loose.append((dest, copy))
         self._batch = Batch(pairs)
 
     def run(self) -> None:
         self._batch.run()
-        _run(self._loose)
+        for dest, copy in self._loose:
+            copy.run(dest)
 
     def stage(self, module: str, into: dict[str, torch.Tensor]) -> None:
-        """Fill `into`, a processed module's tensors in checkpoint form. They are new each time;
-        where they lie as the last ones did, the copies of an MoE, some for each expert, are the
-        same launch. One by one they take as long as vLLM's processing."""
-        where = [t.data_ptr() for t in into.values()]
-        known = self._staging.get(module)
-        if known is not None and known[0] == where:
-            return known[1].run()
-        pairs, loose = self._pairs(module, into)
-        _run(loose)
-        if len(pairs) < MANY:
-            for dest, source in pairs:
-                dest.copy_(source)
-            return None
-        batch = Batch(pairs)
-        batch.run()
-        if not loose and (bare := batch.by_address()) is not None:
-            self._staging[module] = where, bare
-        return None
-
-    def _pairs(self, module: str, into: dict[str, torch.Tensor]) -> tuple[list[Pair], list[_Copy]]:
-        """Copies between fixed addresses, and those whose source no view expresses."""
-        pairs, loose = [], []
-        for seg in self._plan.segments[module]:
-            tensor, dest = self._tensors[seg.name], seg.dest.of_tensor(into[seg.target[1]])
-            source = source_view(tensor, seg.source)
-            if storage_key(source) == storage_key(tensor):
-                pairs.append((dest, source))
+        """Fill `into`, a processed module's tensors in checkpoint form. They are new each time.
+        One by one the copies of an MoE, some for each expert, take as long as vLLM's processing:
+        they are described once, and moved to where the tensors lie."""
+        with torch._C.DisableTorchFunctionSubclass():  # vLLM's parameters ask in each call
+            bases = [t.data_ptr() for t in into.values()]
+            if module in self._many and self._many[module].run(bases):
+                return
+            copies = self._views.get(module) or self._copies(module)
+            rows = [(c.dest.of_tensor(into[c.tensor]), c) for c in copies]
+            if len(rows) >= MANY and all(c.part is None for c in copies):
+                batch = Batch([(dest, c.source) for dest, c in rows])
+                batch.run()
+                if (moving := batch.moving(bases)) is not None:
+                    self._many[module] = moving
+                    return
             else:
-                loose.append((dest, tensor, seg.source))
-        return pairs, loose
+                for dest, copy in rows:
+                    copy.run(dest)
+            self._views[module] = copies
+
+    def _copies(self, module: str) -> list[_Copy]:
+        out = []
+        for seg in self._plan.segments[module]:
+            tensor = self._tensors[seg.name]
+            view = source_view(tensor, seg.source)
+            fixed = storage_key(view) == storage_key(tensor)
+            source, part = (view, None) if fixed else (tensor, seg.source)
+            out.append(_Copy(seg.target[1], seg.dest, source, part))
+        return out
 
 
-def _run(copies: Iterable[_Copy]) -> None:
-    for dest, tensor, region in copies:
-        dest.copy_(source_view(tensor, region))
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """Of one segment: where it ends in a module, and what ends there."""
+
+    tensor: str
+    dest: Region
+    source: torch.Tensor
+    part: Region | None  # of the source, where no view expresses it
+
+    def run(self, dest: torch.Tensor) -> None:
+        dest.copy_(self.source if self.part is None else source_view(self.source, self.part))
 
 
 class Update:
@@ -289,13 +302,14 @@ class Update:
             )
         # A rerun touches its own module only: where none is due now, none will be.
         late = any(reads & self.touched for reads in plan.late.values())
-        if not (plan.opaque or plan.processed or late):
+        tied = plan.processed.keys() - self._wait.keys()  # computed from what others brought
+        if not (plan.opaque or tied or late):
             return
         with self.host.context():
             if plan.opaque:
                 self._load_opaque()
-            for module in plan.processed.keys() - self._wait.keys():
-                self._install(module, self._form(module))  # computed from a tensor tied to it
+            for module in tied:
+                self._install(module, self._form(module))
             hooks = self.host.late_hooks()
             for name, reads in plan.late.items():
                 if reads & self.touched:
