@@ -127,14 +127,14 @@ class Bench:
         rows = {p.spec.name: [[_row(p.old)]] for p in self.pairs}
         numels = {p.spec.name: p.spec.numel for p in self.pairs}
         table = kernels.CudaTable(rows, numels, torch.int32, torch.int16, torch.device("cuda:0"))
-        for tile, warps in sweep(self.quick, (2048, 1024, 4096, 512), (8, 4, 2)):
+        for tile, warps in sweep(self.quick, (512, 1024, 2048), (2, 4, 8)):
             kernels.PATCH, kernels.WARPS["patch"] = tile, warps
             ways: Any = table.scatter(group)
             label = f"tile {tile}, {warps} warps"
             show(f"patch, check, {label}", gpu_ms(ways.check), n * 4)
             show(f"patch, swap, {label}", gpu_ms(ways.swap), n * (8 + 2 * apart))
             ways.undo()
-        kernels.PATCH, kernels.WARPS["patch"] = 2048, 8
+        kernels.PATCH, kernels.WARPS["patch"] = 512, 2
         for what, call in (("tables", lambda: table.scatter(group)), ("check", ways.check),
                            ("swap", ways.swap)):  # fmt: skip
             returned, done = host_ms(call)

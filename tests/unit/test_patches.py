@@ -24,7 +24,7 @@ from vllm_wt_plugin.transport.memory import MemoryExporter
 from vllm_wt_plugin.transport.patches import share
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
-from vllm_wt_plugin.wire.patches import PatchPush
+from vllm_wt_plugin.wire.patches import PatchPush, layout, widths
 
 
 class Pair:
@@ -137,9 +137,8 @@ def test_what_is_corrupted_is_refused(what: str, shadow: bool) -> None:
     buffer = pair.sender.buffer
     assert buffer is not None
     if what == "values":
-        buffer[-1 - 256 :].zero_()
-        data = buffer.nonzero()
-        buffer[int(data[len(data) // 2])] ^= 1
+        at = layout(widths(push.specs), push.num_updates_list, push.whole).sections[0].values_at
+        buffer[at] ^= 1
     elif what == "indices":
         section = buffer[:4].view(torch.int32)
         section[0] += 1 if int(section[0]) + 1 != int(buffer[4:8].view(torch.int32)) else -1

@@ -19,8 +19,8 @@ import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.diff import Diff, Pair
-from vllm_wt_plugin.sparse.kernels import WORD_TYPE, on, share, tiles
-from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype, to_device
+from vllm_wt_plugin.sparse.kernels import WORD_TYPE, on, patch_tiles, share, span, tiles, to_device
+from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
 
 TILE = 8192  # elements compared by one program
 CHANGES = 1024  # changed elements that one program takes or puts
@@ -115,11 +115,9 @@ def _take(  # type: ignore[no-untyped-def]
 ):  # fmt: skip
     """The new values at `indices`, of which `starts[i]` to `starts[i + 1]` are tensor i's."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    entry = tl.load(tile)
+    entry, _, at, mask = span(tile, starts, TILE)
     row = table + entry * 3
     if tl.load(row + 2) > 0:
-        at = tl.load(starts + entry) + tl.load(tile + 1) + tl.arange(0, TILE)
-        mask = at < tl.load(starts + entry + 1)
         index = tl.load(indices + at, mask=mask, other=0)
         new = _new(tl.load(row).to(tl.pointer_type(SRC)), index, mask, DST, WORD)
         old = tl.load(tl.load(row + 1).to(tl.pointer_type(WORD)) + index, mask=mask, other=0)
@@ -133,9 +131,7 @@ def _take(  # type: ignore[no-untyped-def]
 def _put(places, tiles, starts, indices, values, WORD: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """places [n]: addresses of the tensors that take the values."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    entry = tl.load(tile)
-    at = tl.load(starts + entry) + tl.load(tile + 1) + tl.arange(0, TILE)
-    mask = at < tl.load(starts + entry + 1)
+    entry, _, at, mask = span(tile, starts, TILE)
     index = tl.load(indices + at, mask=mask, other=0)
     place = tl.load(places + entry).to(tl.pointer_type(WORD))
     tl.store(place + index, tl.load(values + at, mask=mask, other=0), mask=mask)
@@ -223,7 +219,7 @@ class CudaPart:
         indices: torch.Tensor, values: torch.Tensor, sums: torch.Tensor,
     ) -> None:  # fmt: skip
         take: Any = _take
-        changed, grid = tiles(each, self._device, CHANGES)
+        changed, grid = patch_tiles(each, self._device, CHANGES)
         for x in launches:
             take[grid,](
                 x.table, changed, starts, self._keys, indices, values, sums, **x.kind,
@@ -235,7 +231,7 @@ class CudaPart:
         put: Any = _put
         device = self._device
         with on(device):
-            changed, grid = tiles(group.counts, device, CHANGES)
+            changed, grid = patch_tiles(group.counts, device, CHANGES)
             if not grid:
                 return
             rows = torch.tensor([[self._row[s.name] for s in group.specs] + [0], group.starts])

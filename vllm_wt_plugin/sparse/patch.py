@@ -87,12 +87,6 @@ class Group:
         return out[0], out[1]
 
 
-def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A host's tensor there. Does not wait for what the stream has to do before, as a copy out of
-    pageable memory would."""
-    return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
-
-
 def index_dtype(numel: int) -> torch.dtype:
     return torch.int32 if numel <= MAX_INT32 else torch.int64
 

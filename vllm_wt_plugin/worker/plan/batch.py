@@ -14,8 +14,6 @@ from dataclasses import dataclass
 
 import torch
 
-from vllm_wt_plugin.sparse.patch import to_device
-
 Pair = tuple[torch.Tensor, torch.Tensor]  # (destination, source): same shape, maybe another dtype
 CASTS = {torch.float32, torch.bfloat16, torch.float16}
 TILE = 8192  # words of a one-dimensional tile
@@ -102,25 +100,26 @@ class Moving:
     """
 
     def __init__(self, launches: Sequence[_Launch], bases: Sequence[int]) -> None:
-        self._launches, self._bases = launches, torch.tensor(bases, dtype=torch.int64)
-        ascending, order = self._bases.sort()
-        ends = [x.table[:, 0].cpu().contiguous() for x in launches]
-        owners = [order[torch.searchsorted(ascending, at, right=True) - 1] for at in ends]
-        # Of each copy: in which tensor it ends.
-        self._owners = [o.to(x.table.device) for o, x in zip(owners, launches, strict=True)]
+        self._launches, self._bases = launches, list(bases)
+        ascending, order = torch.tensor(bases, dtype=torch.int64).sort()
+        self._ends: list[list[torch.Tensor]] = []  # of each launch, by tensor: 1 where a copy ends
+        for x in launches:
+            at = x.table[:, 0].cpu().contiguous()
+            owner = order[torch.searchsorted(ascending, at, right=True) - 1]
+            ends = [(owner == i).long().to(x.table.device) for i in range(len(bases))]
+            self._ends.append(ends)
 
     def run(self, bases: Sequence[int]) -> bool:
         """Asynchronous. False, with nothing done, where the new addresses are not aligned alike."""
-        now = torch.tensor(bases, dtype=torch.int64)
-        shift = now - self._bases
-        if bool((shift % 16).any()):
+        shifts = [now - then for now, then in zip(bases, self._bases, strict=True)]
+        if any(s % 16 for s in shifts):
             return False
-        if bool(shift.any()):
-            for launch, owner in zip(self._launches, self._owners, strict=True):
-                launch.table[:, 0] += to_device(shift, launch.table.device)[owner]
-            self._bases = now
-        for launch in self._launches:
+        for launch, ends in zip(self._launches, self._ends, strict=True):
+            for end, shift in zip(ends, shifts, strict=True):
+                if shift:
+                    launch.table[:, 0].add_(end, alpha=shift)
             launch.run()
+        self._bases = list(bases)
         return True
 
 
