@@ -289,7 +289,8 @@ class VllmHost:
         with ExitStack() as stack:
             stack.enter_context(set_current_vllm_config(self.vllm_config))
             stack.enter_context(set_default_torch_dtype(self.vllm_config.model_config.dtype))
-            stack.enter_context(_without_lora(self.model))
+            if self.vllm_config.lora_config is not None:
+                stack.enter_context(_without_lora(self.model))
             yield
 
     def context(self) -> AbstractContextManager[object]:

@@ -224,10 +224,7 @@ def install(
             made, children = tensors_of_module(module), dict(module._modules)
             attrs = changed(start, module.__dict__)
             attrs_p = {} if processor is None else changed(start_p, vars(processor))
-        for n, old in live.items():
-            new = made.get(n)
-            if new is not None and new is not old:
-                _overwrite(f"{name}.{n}", old, new)
+        _overwrite(name, {n: (old, made[n]) for n, old in live.items() if n in made})
         module._parameters.update({n: made[n] for n in extra if n not in live})  # type: ignore[misc]
         _transplant(module._modules, children)
         _transplant(module.__dict__, attrs)
@@ -248,29 +245,36 @@ def rerun(name: str, module: nn.Module, hook: Hook) -> None:
             _transplant(m.__dict__, new)
             current: list[dict[str, Any]] = [m._parameters, m._buffers]
             for now, kept in zip(current, registries, strict=True):
-                for n, t in kept.items():
-                    made = now.get(n)
-                    if t is not None and made is not None and made is not t:
-                        _overwrite(f"{name}.{n}", t, made)
-                        now[n] = t
+                again = {n: (t, now[n]) for n, t in kept.items()
+                         if t is not None and now.get(n) is not None}  # fmt: skip
+                _overwrite(name, again)
+                now.update({n: t for n, (t, _) in again.items()})
 
 
 def changed(start: dict[str, Any], now: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in now.items() if k not in REGISTRIES and start.get(k, now) is not v}
+    new = [k for k, v in now.items() if k not in start or start[k] is not v]
+    return {k: now[k] for k in new if k not in REGISTRIES}
 
 
-def _overwrite(where: str, old: torch.Tensor, new: torch.Tensor) -> None:
-    if old.shape == new.shape and old.dtype == new.dtype:
-        old.data.copy_(new)
-    elif old.device.type == "cpu":
-        old.data = new.data
-    else:
-        raise TransferError(
-            f"processing made {tuple(new.shape)} {new.dtype}, the engine runs on "
-            f"{tuple(old.shape)} {old.dtype} at a captured address",
-            where=where,
-            next_step="restart the engine with the new checkpoint",
-        )
+def _overwrite(module: str, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]]) -> None:
+    """Give each first tensor, in its own memory, the values of the second."""
+    alike = []
+    for name, (old, new) in pairs.items():
+        if new is old:
+            continue
+        if old.shape == new.shape and old.dtype == new.dtype:
+            alike.append((old.data, new.data))
+        elif old.device.type == "cpu":
+            old.data = new.data
+        else:
+            raise TransferError(
+                f"processing made {tuple(new.shape)} {new.dtype}, the engine runs on "
+                f"{tuple(old.shape)} {old.dtype} at a captured address",
+                where=f"{module}.{name}",
+                next_step="restart the engine with the new checkpoint",
+            )
+    if alike:  # one call: a layer's few small tensors cost what their calls do
+        torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
 
 
 def _transplant(live: dict[str, Any], made: Mapping[str, Any]) -> None:
