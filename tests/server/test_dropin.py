@@ -142,8 +142,34 @@ def gloo(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
 
 
-def nccl_trainer(kind: str, server: Server, source: Any = None, **more: Any) -> Any:
-    """vLLM's trainer class for a backend, by its factory."""
+class Bare:
+    """The same calls as SkyRL's client makes them: no body where there is nothing to say, a new
+    connection for each."""
+
+    def __init__(self, server: Server) -> None:
+        self._url = server.url
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._post("init_weight_transfer_engine", {"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._post("start_weight_update")
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self._post("update_weights", {"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._post("finish_weight_update", weight_version and {"weight_version": weight_version})
+
+    def _post(self, path: str, body: Any = None) -> None:
+        headers = {"Connection": "close"}
+        requests.post(f"{self._url}/{path}", json=body, headers=headers).raise_for_status()
+
+
+def nccl_trainer(
+    kind: str, server: Server, source: Any = None, calls: Any = None, **more: Any
+) -> Any:
+    """vLLM's trainer class for a backend, by its factory; `calls`: another client than vLLM's."""
     from vllm.distributed.weight_transfer import factory, nccl_engine, sparse_nccl_engine
 
     info = {
@@ -151,7 +177,7 @@ def nccl_trainer(kind: str, server: Server, source: Any = None, **more: Any) -> 
         "sparse_nccl": sparse_nccl_engine.SparseNCCLTrainerInitInfo,
     }[kind](rank=0, master_address="127.0.0.1", master_port=free_port(), world_size=2, **more)
     return factory.WeightTransferTrainerFactory.trainer_init(
-        info, client=client(server), source=source
+        info, client=calls or client(server), source=source
     )
 
 
@@ -168,9 +194,9 @@ def test_vllms_nccl_trainer(by_group: Server) -> None:
     buckets)."""
     from vllm.distributed.weight_transfer.base import ModuleSource
 
-    for seed in (3, 1):
+    for seed, calls in ((3, None), (1, Bare(by_group))):
         source = ModuleSource(models.build("qwen3", seed))
-        engine = nccl_trainer("nccl", by_group, source, packed=False)
+        engine = nccl_trainer("nccl", by_group, source, calls, packed=False)
         for _ in range(2):
             engine.send_weights()
             assert serves(by_group, weights(seed))

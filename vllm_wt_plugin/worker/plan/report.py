@@ -25,7 +25,7 @@ def describe(plan: LoadPlan, host: Host) -> PlanReport:
     for name in plan.specs:
         if taken[name] or name in plan.opaque_names or not plan.specs[name].numel:
             continue
-        why = _ignorable(name, host)
+        why = ignorable(name, host)
         if why:
             ignored[name] = why
         else:
@@ -63,10 +63,11 @@ def _distinct(source: Region) -> int:
     return n
 
 
-def _ignorable(name: str, host: Host) -> str:
+def ignorable(name: str, host: Host) -> str:
+    """Why the served model does well without this name; empty if it does not."""
     if NOT_WEIGHTS.search(name):
         return "not a weight"
-    if host.tied_head and name.endswith("lm_head.weight"):
+    if host.tied_head and name.endswith(("lm_head.weight", "proj_out.weight")):
         return "tied to the input embeddings"
     layer = re.search(r"\blayers\.(\d+)\.", name)
     n = host.num_hidden_layers
