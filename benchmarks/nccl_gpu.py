@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from benchmarks import engines, shapes
 from benchmarks.gpu_memory import MemoryPeak
 from benchmarks.ipc_gpu import ours, their_source, timed
 from benchmarks.result import Result
+from benchmarks.sparse_gpu import Flips
 from vllm_wt_plugin import WeightSync, as_source
 from vllm_wt_plugin.trainer.meeting import GroupOptions
 from vllm_wt_plugin.transport.backends import Member
@@ -175,10 +177,25 @@ def measure(result: Result, url: str, model: Any, rounds: int, step: Any) -> Non
         ("ours, every checksum compared", {"verify": "full"}),
         ("ours, none compared", {"verify": "off"}),
         ("ours, buffers of 64 MiB", {"buffer_bytes": 64 << 20}),
+        ("ours, buffers of 384 MiB", {"buffer_bytes": 384 << 20}),
         ("ours, buffers of 1 GiB", {"buffer_bytes": 1 << 30}),
     )
     for row, options in rows:
         ours(result, row, url, model, rounds, step, backend="nccl", **options)
+    sparse(result, url, model, rounds)
+
+
+def sparse(result: Result, url: str, model: Any, rounds: int) -> None:
+    """One broadcast of what has changed: another percent of the elements each round."""
+    flips = Flips(model, 0.01)
+    with WeightSync(url, backend="nccl") as sync:
+        sync.push(model, mode="sparse")
+        reports: list[Any] = []
+        push = partial(sync.push, model, mode="sparse")
+        result.add("ours, 1 % changed", timed(lambda: reports.append(push()), rounds, flips.flip))
+        phases = [{**r.seconds, **r.replicas[0].seconds} for r in reports[1:]]
+        result.add_phases("ours, 1 % changed", [{n: s * 1e3 for n, s in p.items()} for p in phases])
+        result.claim("sparse: every checksum agrees", sync.verify(model).ok, 1, at_least=True)
 
 
 def claims(result: Result) -> None:

@@ -7,6 +7,7 @@ checksums of every weight must be the trainer's.
 
 from __future__ import annotations
 
+import copy
 import os
 import signal
 import subprocess
@@ -90,6 +91,28 @@ def test_our_trainer(
         for seed in (0, 1, 0):
             print(sync.push(models[seed][0]))
             check(url, models[seed][0], fresh[seed])
+
+
+def test_our_trainer_sends_what_changed(
+    url: str, models: dict[int, tuple[Any, Path]], fresh: dict[int, list[int]]
+) -> None:
+    model = copy.deepcopy(models[0][0])
+    with WeightSync(url, backend="nccl") as sync, torch.no_grad():
+        sync.push(model, mode="sparse")
+        check(url, model, fresh[0])
+        for step in range(3):
+            for p in model.parameters():
+                p.view(-1)[step::97] *= 1.5
+            report = sync.push(model, mode="sparse")
+            assert report.changed is not None
+            assert 0 < report.changed < 0.02
+            assert sync.verify(model).ok
+        for p, new in zip(model.parameters(), models[1][0].parameters(), strict=True):
+            p.copy_(new)
+        report = sync.push(model, mode="sparse")
+        assert report.changed is not None
+        assert report.changed > 0.9
+        check(url, model, fresh[1])
 
 
 @contextmanager

@@ -48,7 +48,8 @@ def by_group(
 ) -> Iterator[Server]:
     """Under the name that vLLM's sparse trainer asks for; it takes dense broadcasts too."""
     log = tmp_path_factory.mktemp("by-group") / "server.log"
-    with Server(checkpoint("qwen3", 1), log, backend="sparse_nccl") as server:
+    some = ("--additional-config", '{"wt": {"partial": true}}')
+    with Server(checkpoint("qwen3", 1), log, args=some, backend="sparse_nccl") as server:
         yield server
 
 
@@ -201,6 +202,44 @@ def test_vllms_nccl_trainer(by_group: Server) -> None:
             engine.send_weights()
             assert serves(by_group, weights(seed))
         engine.shutdown()
+
+
+@pytest.mark.usefixtures("gloo")
+def test_each_parameter_in_an_update_of_its_own(by_group: Server) -> None:
+    """As TRL's online DPO sends them. What this vLLM computes from several comes together: alone
+    it is refused, and the old weights serve on."""
+    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+
+    class Some(WeightSource):
+        now: tuple[str, ...] = ()
+
+        def metadata(self) -> list[ParamMeta]:
+            return [ParamMeta(n, want[n].dtype, tuple(want[n].shape)) for n in self.now]
+
+        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+            return ((n, want[n]) for n in self.now)
+
+    push(by_group, 1, "old")
+    want, source = weights(2), Some()
+    refused: dict[str, requests.Response] = {}
+    source.now = tuple(want)[:1]
+    engine = nccl_trainer("nccl", by_group, source, packed=False)
+    for name in want:
+        source.now = (name,)
+        try:
+            engine.send_weights()
+        except requests.HTTPError as exc:
+            refused[name] = exc.response
+        assert by_group.status()["state"] == "IDLE"
+    fused = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj")
+    assert {n.split(".")[-2] for n in refused} == set(fused)
+    for answer in refused.values():
+        assert answer.status_code == 422
+        assert "computes from these and others together" in answer.text
+    source.now = tuple(refused)
+    engine.send_weights()
+    assert serves(by_group, want)
+    engine.shutdown()
 
 
 @pytest.mark.usefixtures("gloo")

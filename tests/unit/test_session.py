@@ -697,6 +697,47 @@ def test_parts_that_do_not_cover_the_model_are_dirty(worker: Worker) -> None:
     assert worker.holds(2)
 
 
+def alone(worker: Worker, seed: int, *names: str) -> msg.Reply:
+    """An update of these names only."""
+    worker.ok(worker.begin(), worker.prepare(seed, A, *names))
+    return worker.call(msg.Apply(A), msg.Commit(A, f"v{seed}"))
+
+
+def test_an_engine_that_takes_some_of_its_weights(worker: Worker) -> None:
+    """As TRL's online DPO sends them, each in an update of its own: what vLLM computes from several
+    comes together, and is refused before a byte is written if it does not."""
+    worker.session.known.partial = True
+    tensors, built = worker.trainer(2).tensors, []
+    refused = {}
+    for name in tensors:
+        reply = alone(worker, 2, name)
+        if reply.error is not None:
+            refused[name] = reply.error
+            assert reply.state.phase == "UPDATING"
+            worker.ok(msg.Abort(A, ""))
+        assert worker.state.phase == "IDLE"
+        built.append(len(worker.session.known._plans))
+    groups = worker.session.known.places_for().plan.report.whole
+    assert set(refused) == {n for n in groups if list(groups.values()).count(groups[n]) > 1}
+    assert all("which did not come" in e["error"] for e in refused.values())
+    assert set(built) == {1}  # one plan, of the engine's own checkpoint
+    for label in {groups[n] for n in refused}:
+        reply = alone(worker, 2, *(n for n in groups if groups[n] == label))
+        assert reply.error is None
+    assert worker.holds(2)
+
+
+def test_some_weights_do_not_heal_a_dirty_engine(worker: Worker) -> None:
+    worker.session.known.partial = True
+    worker.ok(msg.MarkDirty("mixed"))
+    reply = alone(worker, 2, "mla.other.weight")
+    assert reply.error is not None
+    assert "no name covers" in reply.error["error"]
+    assert worker.state.phase == "DIRTY"
+    worker.push(2, B)
+    assert worker.holds(2)
+
+
 def test_a_part_that_is_refused_before_the_first_byte(worker: Worker) -> None:
     worker.ok(worker.begin())
     trainer = worker.trainer(2)

@@ -53,7 +53,8 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
             log=logger.error,
             after_commit=lambda: self.after_commit(),  # noqa: PLW0108 (set later)
             synchronize=self._synchronize,
-            shadow=_shadow(vllm_config),
+            shadow=_setting(vllm_config, "shadow", "cpu"),
+            partial=_setting(vllm_config, "partial", True),
             link=Link(rank, device, _pynccl.load, _vllm.shared_nccl_env),
             shared=parallel._api_process_count > 1,
         )
@@ -130,13 +131,14 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
         self._run(msg.Abort("", "shutdown"), msg.Shutdown())
 
 
-def _shadow(vllm_config: Any) -> bool:
-    """`--additional-config '{"wt": {"shadow": "cpu"}}'`: keep host copies of what is computed from,
-    so that it takes patches."""
+def _setting(vllm_config: Any, name: str, on: object) -> bool:
+    """`--additional-config '{"wt": {NAME: ON}}'`. `shadow` "cpu": keep host copies of what is
+    computed from, so that it takes patches. `partial` true: an update in parts may leave the rest
+    of the weights as it is."""
     settings = dict(getattr(vllm_config, "additional_config", None) or {}).get("wt") or {}
-    value = settings.get("shadow")
-    if value not in (None, "cpu"):
+    value = settings.get(name)
+    if value not in (None, False, on):
         raise RequestError(
-            f"additional_config wt.shadow is {value!r}", next_step='use "cpu", or leave it out'
+            f"additional_config wt.{name} is {value!r}", next_step=f"use {on!r}, or leave it out"
         )
-    return value == "cpu"
+    return value == on

@@ -10,7 +10,13 @@ from typing import Any
 
 import torch
 
-from vllm_wt_plugin.errors import HandleError, NoUpdate, PlanError, UnknownRegistration
+from vllm_wt_plugin.errors import (
+    HandleError,
+    NoUpdate,
+    PlanError,
+    UnknownRegistration,
+    UnsupportedVLLM,
+)
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.handles import Registration
@@ -59,6 +65,7 @@ class Known:
         *,
         rank: int = 0,
         keeps_shadow: bool = False,
+        partial: bool = False,
     ) -> None:
         self.importer, self._rank = importer, rank
         self._make_host = host
@@ -66,7 +73,7 @@ class Known:
         self._registered: OrderedDict[str, Registered] = OrderedDict()
         self._announced: OrderedDict[str, Announced] = OrderedDict()
         self._plans: OrderedDict[tuple[tuple[ParamSpec, ...], bool], LoadPlan] = OrderedDict()
-        self.keeps_shadow = keeps_shadow
+        self.keeps_shadow, self.partial = keeps_shadow, partial
         self.shadow: dict[str, torch.Tensor] = {}
         self._last_places: Places | None = None
         self._patched: Patched | None = None
@@ -107,9 +114,36 @@ class Known:
         """The plan of a part of an update: cut from one of the whole model, as soon as there is
         one; a new one takes about as long as that of everything."""
         whole = self._whole(specs)
+        if whole is None and self.partial:
+            self._plan_own()
+            whole = self._whole(specs)
         if whole is None:
             return self.plan(specs, complete=False)
         return whole.only({s.name for s in specs})
+
+    def _plan_own(self) -> None:
+        """Of the engine's own checkpoint, that names what an update may leave as it is."""
+        try:
+            own = self.host.checkpoint()
+        except UnsupportedVLLM:  # dummy weights: nothing is worth keeping
+            return
+        self.plan(own, complete=True)
+
+    def parts(self, specs: tuple[ParamSpec, ...], *, mixed: bool) -> LoadPlan:
+        """The plan of an update whose parts have all come. Raises PlanError unless these are all
+        of the model; or some of it, where that is allowed and the weights are not `mixed`."""
+        whole = self._whole(specs) if self.partial and not mixed else None
+        if whole is None:
+            return self.plan(specs, complete=True)
+        names = {s.name for s in specs}
+        if missing := self._places_of(whole).group_of(names) - names:
+            raise PlanError(
+                "vLLM computes from these and others together, which did not come: "
+                + ", ".join(sorted(missing)[:20]),
+                where=min(names),
+                next_step="send all of them in one update",
+            )
+        return whole.only(names)
 
     def _whole(self, specs: tuple[ParamSpec, ...]) -> LoadPlan | None:
         """A plan of the whole model that has these tensors, as they are."""

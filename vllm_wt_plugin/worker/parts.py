@@ -29,6 +29,7 @@ def check_part(open_: Open, plan: LoadPlan, tensors: Tensors) -> None:
 def apply_part(host: Host, open_: Open, plan: LoadPlan, tensors: Tensors) -> None:
     """Copy what is a plain copy; hold the rest until every name is there."""
     later = plan.computed_names
+    open_.wrote |= bool(tensors.keys() - later)
     Update(host, plan).receive({n: t for n, t in tensors.items() if n not in later}, lasting=False)
     open_.held |= {n: tensors[n].clone() for n in later}
     open_.written |= tensors.keys() - later
@@ -70,6 +71,6 @@ class Part:
         rows = zip(self._buckets, self.memory, strict=True)
         tensors = {p.spec.name: rows_in(memory, p) for bucket, memory in rows for p in bucket}
         check_part(open_, self._plan, tensors)
-        open_.wrote = self._taken = True
+        self._taken = True
         apply_part(host, open_, self._plan, tensors)
         self.memory.clear()

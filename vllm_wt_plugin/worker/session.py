@@ -52,10 +52,12 @@ class WorkerSession:
         after_commit: Callable[[], None],
         synchronize: Callable[[], None],
         shadow: bool = False,
+        partial: bool = False,
         link: Link | None = None,
         shared: bool = False,
     ) -> None:
-        self.known, self.rank = Known(host, importer, rank=rank, keeps_shadow=shadow), rank
+        self.known = Known(host, importer, rank=rank, keeps_shadow=shadow, partial=partial)
+        self.rank = rank
         self.link = link or Link(rank, torch.device("cpu"))
         self._log, self._after_commit, self._synchronize = log, after_commit, synchronize
         self.version = "default"
@@ -226,10 +228,10 @@ class WorkerSession:
         held, open_.prepared = open_.prepared, None
         open_.by("in parts" if held.replay is None else "at once")
         with out.timed("copy"):
-            open_.wrote = True
             if held.replay is None:
                 apply_part(self.known.host, open_, held.plan, held.tensors)
             else:
+                open_.wrote = True
                 open_.update = Update(self.known.host, held.plan)
                 open_.update.receive_all(held.tensors, held.replay)
                 open_.update.finish()
@@ -249,7 +251,8 @@ class WorkerSession:
         open_ = self._mine(verb.session, out)
         with out.timed("commit"):
             if open_.parts:
-                plan = self.known.plan(tuple(open_.parts.values()), complete=True)
+                specs = tuple(open_.parts.values())
+                plan = self.known.parts(specs, mixed=bool(self.dirty))
                 if early := open_.written & plan.computed_names:
                     raise TransferError(
                         "these names cannot be sent apart from the others: "
@@ -260,6 +263,7 @@ class WorkerSession:
                 update = Update(self.known.host, plan)
                 check_equal(plan, open_.held, open_.written)
                 update.assume(open_.written)
+                open_.wrote = True
                 update.receive(open_.held, lasting=True)
                 update.finish()
                 self._synchronize()

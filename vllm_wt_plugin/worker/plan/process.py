@@ -274,7 +274,7 @@ def _overwrite(module: str, pairs: dict[str, tuple[torch.Tensor, torch.Tensor]])
                 next_step="restart the engine with the new checkpoint",
             )
     if alike:  # one call: a layer's few small tensors cost what their calls do
-        torch._foreach_copy_(*map(list, zip(*alike, strict=True)))
+        torch._foreach_copy_([old for old, _ in alike], [new for _, new in alike])
 
 
 def _transplant(live: dict[str, Any], made: Mapping[str, Any]) -> None:
