@@ -3,7 +3,7 @@
     python -m benchmarks.sparse_micro [--share 0.01] [--quick]
 
 Prints GPU milliseconds (events, median) with the bytes a kernel must move, and milliseconds of
-the host for the calls that launch them. `_find`, `_take`, `_put` and `_scatter` move 32-byte
+the host for the calls that launch them. `_find`, `_take`, `_put` and `_swap` move 32-byte
 sectors for elements that lie apart; their bytes are counted so.
 """
 

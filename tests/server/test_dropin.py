@@ -235,7 +235,7 @@ def test_each_parameter_in_an_update_of_its_own(by_group: Server) -> None:
     assert {n.split(".")[-2] for n in refused} == set(fused)
     for answer in refused.values():
         assert answer.status_code == 422
-        assert "computes from these and others together" in answer.text
+        assert "makes one tensor of these and others" in answer.text
     source.now = tuple(refused)
     engine.send_weights()
     assert serves(by_group, want)

@@ -712,16 +712,24 @@ def test_names_that_end_nowhere_are_reported() -> None:
         ("lm_head.weight", "tied to the input embeddings"),
     ],
 )
-@pytest.mark.parametrize("toy", ["Skips", "Fused"])
-def test_names_that_loaders_skip_or_refuse_on_purpose_are_ignored(
-    toy: str, name: str, why: str
-) -> None:
-    """`Fused` raises for what it does not know, as vLLM's Gemma-2 does for a tied head."""
-    host = fresh(toy, 1)
-    host.tied_head, host.num_hidden_layers = True, 1
+def test_names_that_the_loader_skips_on_purpose_are_ignored(name: str, why: str) -> None:
+    host = fresh("Skips", 1)
+    host.tied_head = True
     plan = build(host, [*specs_of(toys.checkpoint(host.toy, 1)), spec(name, 3)])
     assert plan.report.ignored == {name: why}
     assert plan.report.nowhere == []
+
+
+def test_a_tied_head_is_ignored_where_the_loader_raises_for_it() -> None:
+    """As vLLM's Gemma-2; a layer too many is still an error there."""
+    host = fresh("Fused", 1)
+    host.tied_head = True
+    specs = specs_of(toys.checkpoint(host.toy, 1))
+    plan = build(host, [*specs, spec("lm_head.weight", 3)])
+    assert plan.report.ignored == {"lm_head.weight": "tied to the input embeddings"}
+    assert plan.opaque == build(host, specs).opaque
+    with pytest.raises(PlanError, match="does not take"):
+        build(host, [*specs, spec("layers.2.down.weight", 3)])
 
 
 def test_what_the_loader_skips_of_the_engines_own_checkpoint_is_ignored() -> None:

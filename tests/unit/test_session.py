@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 
 from tests.unit import toys
 from tests.unit.toys import ToyHost, fresh, same_bits, specs_of
+from vllm_wt_plugin.errors import PlanError
 from vllm_wt_plugin.transport.ipc import Importer
 from vllm_wt_plugin.transport.memory import MemoryExporter
+from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.buckets import cut
 from vllm_wt_plugin.wire.handles import Registration
@@ -703,28 +705,86 @@ def alone(worker: Worker, seed: int, *names: str) -> msg.Reply:
     return worker.call(msg.Apply(A), msg.Commit(A, f"v{seed}"))
 
 
-def test_an_engine_that_takes_some_of_its_weights(worker: Worker) -> None:
-    """As TRL's online DPO sends them, each in an update of its own: what vLLM computes from several
-    comes together, and is refused before a byte is written if it does not."""
+class FusedPacked(toys.Fused):
+    """Computes from q, k and v together, as vLLM's packed linear layers do."""
+
+    def make(self) -> None:
+        super().make()
+        for layer in self.layers:
+            layer.qkv.quant_method = toys.PackKeep()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([layer.qkv.quant_method.apply(layer.qkv, x) for layer in self.layers])
+
+
+def one_by_one(workers: list[Worker], seed: int) -> set[str]:
+    """Each tensor in an update of its own, by vLLM's calls; those that were refused."""
+
+    def perform(action: exchange.Action) -> Any:
+        match action:
+            case exchange.Call():
+                return [w.call(*action.verbs) for w in workers]
+            case exchange.IsPaused():
+                return False
+
+    def update(*names: str) -> None:
+        exchange.run(exchange.start(msg.StartBody("me")), perform)
+        session = workers[0].state.session
+        trainer = workers[0].trainer(seed)
+        reg = trainer.register(*names)
+        for w in workers:
+            w.trainers[seed] = trainer
+            w.ok(msg.Prepare(session, reg.id, reg, False), msg.Apply(session))
+        exchange.run(exchange.finish(msg.FinishBody(f"v{seed}")), perform)
+
+    refused = set()
+    for name in workers[0].trainer(seed).tensors:
+        try:
+            update(name)
+        except PlanError:
+            refused.add(name)
+        assert {w.state.phase for w in workers} == {"IDLE"}
+    if refused:
+        update(*refused)
+    return refused
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "together"),
+    [(FusedPacked, {"q_proj", "k_proj", "v_proj"}), (toys.Retied, {"embed", "lm_head"})],
+)
+def test_an_engine_that_takes_some_of_its_weights(
+    kind: type[toys.Toy], together: set[str], dtype: torch.dtype
+) -> None:
+    """As TRL's online DPO sends them. What makes one tensor comes together, and is refused before
+    a byte is written if it does not; in whatever floats."""
+    worker = Worker(kind)
     worker.session.known.partial = True
-    tensors, built = worker.trainer(2).tensors, []
-    refused = {}
-    for name in tensors:
-        reply = alone(worker, 2, name)
-        if reply.error is not None:
-            refused[name] = reply.error
-            assert reply.state.phase == "UPDATING"
-            worker.ok(msg.Abort(A, ""))
-        assert worker.state.phase == "IDLE"
-        built.append(len(worker.session.known._plans))
-    groups = worker.session.known.places_for().plan.report.whole
-    assert set(refused) == {n for n in groups if list(groups.values()).count(groups[n]) > 1}
-    assert all("which did not come" in e["error"] for e in refused.values())
-    assert set(built) == {1}  # one plan, of the engine's own checkpoint
-    for label in {groups[n] for n in refused}:
-        reply = alone(worker, 2, *(n for n in groups if groups[n] == label))
-        assert reply.error is None
-    assert worker.holds(2)
+    trainer = worker.trainer(2)
+    trainer.tensors = {n: t.to(dtype) for n, t in trainer.tensors.items()}
+    refused = one_by_one([worker], 2)
+    assert {n.split(".")[-2] for n in refused} == together
+    assert len(worker.session.known._plans) == 1  # of the engine's own checkpoint
+    want = toys.ToyHost(kind())
+    want.first_load([(n, t.clone()) for n, t in trainer.tensors.items()])
+    a, b = toys.live_tensors(worker.host.model), toys.live_tensors(want.model)
+    assert [n for n in b if not same_bits(a[n], b[n])] == []
+
+
+def test_ranks_agree_before_some_weights_are_committed() -> None:
+    """A group that one rank alone holds: where it is refused there, no other has taken it."""
+    workers = [Worker(FusedPacked, rank=r) for r in range(2)]
+    for w in workers:
+        w.session.known.partial = True
+    other = workers[1].session.known
+
+    def nothing_missing(open_: Any, *, mixed: bool) -> Any:
+        return other.part(tuple(open_.parts.values()))
+
+    other.parts = nothing_missing  # type: ignore[method-assign]
+    refused = one_by_one(workers, 2)
+    assert len(refused) == 12
 
 
 def test_some_weights_do_not_heal_a_dirty_engine(worker: Worker) -> None:

@@ -251,7 +251,7 @@ def _strided(  # type: ignore[no-untyped-def]
     rows, tiles, sums, DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr,
     WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """rows [n, 4 + 3 DIMS]: address, source offset, elements, seed, then as in `_scatter`."""
+    """rows [n, 4 + 3 DIMS]: address, source offset, elements, seed, then as in `_swap`."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 2
     entry = tl.load(tile)
     row = rows + entry * (4 + 3 * DIMS)

@@ -295,9 +295,10 @@ def update(
 
 def finish(body: msg.FinishBody) -> Steps:
     """Commit the open update, drop old caches, resume if `start` (or a failed one) paused."""
-    open_ = yield Call((msg.Status(),))
+    open_ = yield Call((msg.Status(whole=body.session),))
     done: list[Reply] = []
     try:
+        agree(open_)
         if body.sums or body.told:
             written = yield Call((Written(body.session, list(body.sums)),))
             check_written(body.sums, written)
@@ -350,12 +351,12 @@ def _undo(
 ) -> Generator[Action, Any, list[Reply]]:
     replies: list[Reply] = yield Call((msg.Abort(session, str(exc)),))
     ended = [*done, *replies]
+    resume = resume or any(r.info.get("resume") for r in done)
     torn = any(r.error is None for r in done) and any(r.error for r in done)
     torn = torn and not all(r.info.get("undone") for r in replies)  # patches are taken back
     dirty = [r.state.reason for r in replies if r.state.phase == "DIRTY"]
     if torn or (dirty and len(dirty) < len(replies)):
         why = dirty[0] if dirty else f"only some ranks took the update: {exc}"
-        resume = resume or any(r.info.get("resume") for r in done)
         replies = yield Call((msg.MarkDirty(why, resume),))
     elif resume and all(r.state.phase == "IDLE" and not r.state.asleep for r in replies):
         yield Resume()

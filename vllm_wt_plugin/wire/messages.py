@@ -173,9 +173,10 @@ class _Verb(msgspec.Struct, frozen=True, forbid_unknown_fields=True, tag_field="
 
 
 class Status(_Verb, frozen=True, tag="status"):
-    """Read the state; ends an expired update first. `memory`: what this rank holds, too."""
+    """Read the state and `memory`; end an expired update; raise if that of `whole` lacks parts."""
 
     memory: bool = False
+    whole: Session | None = None
 
 
 class Init(_Verb, frozen=True, tag="init"):
@@ -223,7 +224,7 @@ class PreparePart(_Verb, frozen=True, tag="prepare_part"):
 
 
 class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):
-    """Check everything about a push of patches, read what it will replace, write nothing."""
+    """Check everything about a push of patches that came, write nothing."""
 
     session: Session
     push: PatchPush

@@ -142,7 +142,7 @@ class Incoming:
         if here:
             with out.timed("copy"):
                 if isinstance(coming, Part):
-                    coming.take(self._known.host, open_)
+                    coming.take(self._known, open_)
                 self._synchronize()
             self._link.done()
         out.info["receiving"] = not here

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -14,6 +14,7 @@ from vllm_wt_plugin.errors import (
     HandleError,
     NoUpdate,
     PlanError,
+    TransferError,
     UnknownRegistration,
     UnsupportedVLLM,
 )
@@ -24,10 +25,13 @@ from vllm_wt_plugin.wire.params import ParamSpec, check_specs
 from vllm_wt_plugin.wire.patches import PatchPush, Widths, widths
 from vllm_wt_plugin.worker.packed import Announced, PackedUpdate, Summing
 from vllm_wt_plugin.worker.places import Places, describe_patching
-from vllm_wt_plugin.worker.plan.build import build
+from vllm_wt_plugin.worker.plan.build import FLOATS, build
 from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Replay
+
+if TYPE_CHECKING:
+    from vllm_wt_plugin.worker.open import Open
 
 BUFFERS = 2  # of patches: a trainer uses one, and one more while it grows
 KEEP = 4  # of each, the last used; a trainer uses one
@@ -114,7 +118,7 @@ class Known:
         """The plan of a part of an update: cut from one of the whole model, as soon as there is
         one; a new one takes about as long as that of everything."""
         whole = self._whole(specs)
-        if whole is None and self.partial:
+        if whole is None and self.partial and not self._plans:
             self._plan_own()
             whole = self._whole(specs)
         if whole is None:
@@ -125,20 +129,37 @@ class Known:
         """Of the engine's own checkpoint, that names what an update may leave as it is."""
         try:
             own = self.host.checkpoint()
-        except UnsupportedVLLM:  # dummy weights: nothing is worth keeping
+        except UnsupportedVLLM:  # dummy weights, or another loader: the first update brings all
             return
         self.plan(own, complete=True)
 
-    def parts(self, specs: tuple[ParamSpec, ...], *, mixed: bool) -> LoadPlan:
+    def together(self, plan: LoadPlan) -> set[str]:
+        """Names of a part that are not written without others, where some weights may stay as they
+        are: until the update ends those may yet come."""
+        whole = self._whole(tuple(plan.specs.values())) if self.partial else None
+        return set() if whole is None else self._places_of(whole).grouped & plan.specs.keys()
+
+    def parts(self, open_: Open, *, mixed: bool) -> LoadPlan:
         """The plan of an update whose parts have all come. Raises PlanError unless these are all
-        of the model; or some of it, where that is allowed and the weights are not `mixed`."""
+        of the model; or some of it, where that is allowed and the weights are not `mixed`.
+        TransferError where a part was written that is computed with others."""
+        specs = tuple(open_.parts.values())
         whole = self._whole(specs) if self.partial and not mixed else None
-        if whole is None:
-            return self.plan(specs, complete=True)
+        plan = self.plan(specs, complete=True) if whole is None else self._some(specs, whole)
+        if early := open_.written & plan.computed_names:
+            raise TransferError(
+                "these names cannot be sent apart from the others: "
+                + ", ".join(sorted(early)[:20]),
+                where=min(early),
+                next_step="send all names of a layer in one call",
+            )
+        return plan
+
+    def _some(self, specs: tuple[ParamSpec, ...], whole: LoadPlan) -> LoadPlan:
         names = {s.name for s in specs}
         if missing := self._places_of(whole).group_of(names) - names:
             raise PlanError(
-                "vLLM computes from these and others together, which did not come: "
+                "the served model makes one tensor of these and others, which did not come: "
                 + ", ".join(sorted(missing)[:20]),
                 where=min(names),
                 next_step="send all of them in one update",
@@ -146,12 +167,20 @@ class Known:
         return whole.only(names)
 
     def _whole(self, specs: tuple[ParamSpec, ...]) -> LoadPlan | None:
-        """A plan of the whole model that has these tensors, as they are."""
+        """A plan of the whole model that has these tensors, as they are; or, where an update may
+        bring some of them, as other floats."""
         for key, plan in self._plans.items():
-            if key[1] and all(plan.specs.get(s.name) == s for s in specs):
+            if key[1] and all(self._has(plan, s) for s in specs):
                 self._plans.move_to_end(key)
                 return plan
         return None
+
+    def _has(self, plan: LoadPlan, spec: ParamSpec) -> bool:
+        have = plan.specs.get(spec.name)
+        if have is None or have == spec:
+            return have is not None
+        same = self.partial and have.shape == spec.shape
+        return same and {have.dtype, spec.dtype} <= FLOATS
 
     def complete(self, specs: tuple[ParamSpec, ...]) -> bool:
         """Whether these tensors are all that the model needs."""

@@ -10,11 +10,11 @@ from vllm_wt_plugin.errors import NoUpdate
 from vllm_wt_plugin.wire.buckets import Bucket, buckets_of, size
 from vllm_wt_plugin.wire.messages import Announce
 from vllm_wt_plugin.worker.packed import rows_in
-from vllm_wt_plugin.worker.plan.host import Host
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.update import Update, check_equal, check_filled, places
 
 if TYPE_CHECKING:
+    from vllm_wt_plugin.worker.known import Known
     from vllm_wt_plugin.worker.open import Open
 
 Tensors = dict[str, torch.Tensor]
@@ -26,11 +26,13 @@ def check_part(open_: Open, plan: LoadPlan, tensors: Tensors) -> None:
     check_filled(plan, tensors, open_.filled)
 
 
-def apply_part(host: Host, open_: Open, plan: LoadPlan, tensors: Tensors) -> None:
+def apply_part(known: Known, open_: Open, plan: LoadPlan, tensors: Tensors) -> None:
     """Copy what is a plain copy; hold the rest until every name is there."""
-    later = plan.computed_names
-    open_.wrote |= bool(tensors.keys() - later)
-    Update(host, plan).receive({n: t for n, t in tensors.items() if n not in later}, lasting=False)
+    later = tensors.keys() & (plan.computed_names | known.together(plan))
+    open_.wrote |= not plan.by_name.keys().isdisjoint(tensors.keys() - later)
+    Update(known.host, plan).receive(
+        {n: t for n, t in tensors.items() if n not in later}, lasting=False
+    )
     open_.held |= {n: tensors[n].clone() for n in later}
     open_.written |= tensors.keys() - later
     open_.filled |= places(plan, tensors)
@@ -64,7 +66,7 @@ class Part:
     def complete(self) -> bool:
         return not self._left
 
-    def take(self, host: Host, open_: Open) -> None:
+    def take(self, known: Known, open_: Open) -> None:
         """Write it, once. Raises PlanError as `check_part`."""
         if self._taken:
             return  # another rank was slower
@@ -72,5 +74,5 @@ class Part:
         tensors = {p.spec.name: rows_in(memory, p) for bucket, memory in rows for p in bucket}
         check_part(open_, self._plan, tensors)
         self._taken = True
-        apply_part(host, open_, self._plan, tensors)
+        apply_part(known, open_, self._plan, tensors)
         self.memory.clear()

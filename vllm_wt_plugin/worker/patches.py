@@ -149,7 +149,7 @@ class PatchUpdate:
         naming the parameter, TransferError for tensors in full that are not the trainer's."""
         for _, ways in self._scatters:
             ways.check()
-        check_sums(self._arrived_wrong())
+        check_sums(self._arrived_wrong(), "nothing was written; push dense")
 
     def _arrived_wrong(self) -> list[str]:
         """Tensors in full that are not the trainer's; where it says what they add up to."""
@@ -179,7 +179,7 @@ class PatchUpdate:
                     parts[spec.name] = [(part, have)]
                 elif have != (want[spec.name] if every else 0):
                     wrong.append(spec.name)
-        check_sums(wrong)
+        check_sums(wrong, "they are taken back; push dense")
         return parts
 
     @torch.no_grad()
@@ -213,13 +213,13 @@ class PatchUpdate:
         update.finish()
 
 
-def check_sums(wrong: Iterable[str]) -> None:
+def check_sums(wrong: Iterable[str], next_step: str) -> None:
     """Raise if any tensor's checksum is not the trainer's."""
     if names := sorted(wrong):
         raise TransferError(
             f"the checksum of {len(names)} tensors is not the trainer's: {', '.join(names[:20])}",
             where=names[0],
-            next_step="they are taken back; push dense",
+            next_step=next_step,
         )
 
 

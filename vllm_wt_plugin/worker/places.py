@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 
 import msgspec
 import torch
@@ -77,6 +79,12 @@ class Places:
                 "or push dense",
             )
         return self.shadow[name]
+
+    @cached_property
+    def grouped(self) -> set[str]:
+        """Tensors that must come together with others."""
+        sizes = Counter(self.whole.values())
+        return {n for n, label in self.whole.items() if sizes[label] > 1}
 
     def group_of(self, names: Iterable[str]) -> set[str]:
         """All tensors that must come together with these, which take no patches."""

@@ -3,8 +3,9 @@
     IDLE(v) ─ begin → UPDATING ─ commit → IDLE(v')      any error or abort → IDLE(v) or DIRTY(why)
 
 Before the first written byte, and after commit, an error leaves the old weights serving. In
-between the worker is DIRTY, and only a complete dense update ends that. `call` never raises: with
-several ranks vLLM stops at the first failing one and mixes up all later replies.
+between patches are undone; after all else the worker is DIRTY, and only a complete dense update
+ends that. `call` never raises: with several ranks vLLM stops at the first failing one and mixes up
+all later replies.
 """
 
 from __future__ import annotations
@@ -104,13 +105,7 @@ class WorkerSession:
     def run(self, verb: msg.Verb, out: Draft) -> None:
         match verb:
             case msg.Status():
-                out.info = {
-                    "registrations": self.known.registrations,
-                    "ended": list(self.ended),
-                    "attached": self.exports.attached(),
-                }
-                if verb.memory:
-                    out.info["memory"] = self.known.memory()
+                self.status(verb, out)
             case msg.Init():
                 self.init(verb.info)
             case Joined():
@@ -156,6 +151,18 @@ class WorkerSession:
                 self.touch(verb, out)
             case _:  # what `Incoming` is for
                 self.incoming.run(verb, self._mine(verb.session, out), out)
+
+    def status(self, verb: msg.Status, out: Draft) -> None:
+        out.info = {
+            "registrations": self.known.registrations,
+            "ended": list(self.ended),
+            "attached": self.exports.attached(),
+        }
+        if verb.memory:
+            out.info["memory"] = self.known.memory()
+        o = self.open
+        if o is not None and o.parts and verb.whole in ("", o.session):
+            self.known.parts(o, mixed=bool(self.dirty))
 
     def abort_verb(self, verb: msg.Abort, out: Draft) -> None:
         if self.open is not None and verb.session in ("", self.open.session):
@@ -216,7 +223,7 @@ class WorkerSession:
     def apply(self, session: str, out: Draft) -> None:
         open_ = self._mine(session, out)
         if open_.prepared is None and any(not p.wrote for p in open_.patches):
-            with out.timed("apply"):
+            with out.timed("copy"):
                 open_.wrote = True
                 for p in open_.patches:
                     if not p.wrote:
@@ -229,7 +236,7 @@ class WorkerSession:
         open_.by("in parts" if held.replay is None else "at once")
         with out.timed("copy"):
             if held.replay is None:
-                apply_part(self.known.host, open_, held.plan, held.tensors)
+                apply_part(self.known, open_, held.plan, held.tensors)
             else:
                 open_.wrote = True
                 open_.update = Update(self.known.host, held.plan)
@@ -251,15 +258,7 @@ class WorkerSession:
         open_ = self._mine(verb.session, out)
         with out.timed("commit"):
             if open_.parts:
-                specs = tuple(open_.parts.values())
-                plan = self.known.parts(specs, mixed=bool(self.dirty))
-                if early := open_.written & plan.computed_names:
-                    raise TransferError(
-                        "these names cannot be sent apart from the others: "
-                        + ", ".join(sorted(early)[:20]),
-                        where=min(early),
-                        next_step="send all names of a layer in one call",
-                    )
+                plan = self.known.parts(open_, mixed=bool(self.dirty))
                 update = Update(self.known.host, plan)
                 check_equal(plan, open_.held, open_.written)
                 update.assume(open_.written)
@@ -311,7 +310,8 @@ class WorkerSession:
             self.resume_sticky = open_.resume_after
 
     def _take_back(self) -> None:
-        """Another rank failed after this one had committed the same patches."""
+        """Another rank failed after this one had committed the same patches, or all checksums
+        together do not agree."""
         last, self.last = self.last, None
         if last is None:
             return

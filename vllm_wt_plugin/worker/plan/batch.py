@@ -118,8 +118,9 @@ class Moving:
             for end, shift in zip(ends, shifts, strict=True):
                 if shift:
                     launch.table[:, 0].add_(end, alpha=shift)
+        self._bases = list(bases)  # before a launch may fail: the tables are moved
+        for launch in self._launches:
             launch.run()
-        self._bases = list(bases)
         return True
 
 

@@ -17,7 +17,7 @@ from vllm_wt_plugin.worker.plan.ops import storage_key
 from vllm_wt_plugin.worker.plan.plan import LoadPlan
 from vllm_wt_plugin.worker.plan.process import made_by_processing, probe, trace
 from vllm_wt_plugin.worker.plan.record import Recording, record
-from vllm_wt_plugin.worker.plan.report import describe, ignorable
+from vllm_wt_plugin.worker.plan.report import describe, head_again
 from vllm_wt_plugin.worker.plan.segment import Fill, Segment, Target, overlaps
 from vllm_wt_plugin.worker.plan.verify import disagreements
 
@@ -36,9 +36,9 @@ def build(host: Host, specs: Iterable[ParamSpec], *, complete: bool = True) -> L
 
 
 def _build(host: Host, specs: tuple[ParamSpec, ...], complete: bool) -> LoadPlan:
-    recording = record(host.model, host.blueprint, host.load, specs)
-    # Some loaders skip a tied head that is named once more, others raise.
-    recording.dropped = {n: w for n, w in recording.dropped.items() if not ignorable(n, host)}
+    recording = record(
+        host.model, host.blueprint, host.load, specs, lambda name: head_again(name, host)
+    )
     plan = LoadPlan({s.name: s for s in specs})
     _take(plan, recording)
     for module, why in disagreements(host, plan.specs, recording).items():

@@ -51,11 +51,12 @@ def record(
     blueprint: Blueprint,
     load: Load,
     specs: Iterable[ParamSpec],
+    ignorable: Callable[[str], object] = lambda _: False,
 ) -> Recording:
     """Run `load` on meta tensors of `specs`. The model is as before when this returns.
 
     Where the loader raises, the group of the name it was at (the same module in every layer) is
-    dropped and the pass is made again without it.
+    dropped and the pass is made again without it; an `ignorable` name is left out alone.
     """
     todo = {s.name: s for s in specs}
     dropped: dict[str, str] = {}
@@ -65,6 +66,9 @@ def record(
             result.dropped = dropped
             return result
         name, why = culprit
+        if ignorable(name):
+            del todo[name]
+            continue
         group = [n for n in todo if _template_parent(n) == _template_parent(name)]
         for n in group or [name]:
             dropped[n] = why

@@ -25,7 +25,7 @@ def describe(plan: LoadPlan, host: Host) -> PlanReport:
     for name in plan.specs:
         if taken[name] or name in plan.opaque_names or not plan.specs[name].numel:
             continue
-        why = ignorable(name, host)
+        why = _ignorable(name, host)
         if why:
             ignored[name] = why
         else:
@@ -63,11 +63,15 @@ def _distinct(source: Region) -> int:
     return n
 
 
-def ignorable(name: str, host: Host) -> str:
-    """Why the served model does well without this name; empty if it does not."""
+def head_again(name: str, host: Host) -> bool:
+    """A tied head that is named once more: some loaders skip it, others raise."""
+    return host.tied_head and (name.endswith("lm_head.weight") or name == "proj_out.weight")
+
+
+def _ignorable(name: str, host: Host) -> str:
     if NOT_WEIGHTS.search(name):
         return "not a weight"
-    if host.tied_head and name.endswith(("lm_head.weight", "proj_out.weight")):
+    if head_again(name, host):
         return "tied to the input embeddings"
     layer = re.search(r"\blayers\.(\d+)\.", name)
     n = host.num_hidden_layers

@@ -112,7 +112,7 @@ class Replay:
         pairs, self._loose = [], list[tuple[torch.Tensor, _Copy]]()
         for module in sorted(self.modules):
             live = tensors_of_module(plan.modules[module])
-            for copy in self._copies(module):
+            for copy in self._segments(module):
                 dest = copy.dest.of_tensor(live[copy.tensor])
                 if copy.part is None:
                     pairs.append((dest, copy.source))
@@ -133,20 +133,22 @@ class Replay:
             bases = [t.data_ptr() for t in into.values()]
             if module in self._many and self._many[module].run(bases):
                 return
-            copies = self._views.get(module) or self._copies(module)
+            copies = self._views.get(module) or self._segments(module)
             rows = [(c.dest.of_tensor(into[c.tensor]), c) for c in copies]
-            if len(rows) >= MANY and all(c.part is None for c in copies):
-                batch = Batch([(dest, c.source) for dest, c in rows])
+            plain = [(dest, c.source) for dest, c in rows if c.part is None]
+            for dest, copy in rows:
+                if copy.part is not None or len(plain) < MANY:
+                    copy.run(dest)
+            if len(plain) >= MANY:
+                batch = Batch(plain)
                 batch.run()
-                if (moving := batch.moving(bases)) is not None:
+                moving = batch.moving(bases) if len(plain) == len(rows) else None
+                if moving is not None:
                     self._many[module] = moving
                     return
-            else:
-                for dest, copy in rows:
-                    copy.run(dest)
             self._views[module] = copies
 
-    def _copies(self, module: str) -> list[_Copy]:
+    def _segments(self, module: str) -> list[_Copy]:
         out = []
         for seg in self._plan.segments[module]:
             tensor = self._tensors[seg.name]
