@@ -453,7 +453,7 @@ def _main(url: str, folder: str, where: str) -> None:
     if where == "attached":
         print("there", flush=True)
         signal.pause()
-    with bridge.update(lease_s=2):
+    with bridge.update(lease_s=8):
         print("there", flush=True)
         signal.pause()
 
