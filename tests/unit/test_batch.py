@@ -53,3 +53,18 @@ def test_addresses_that_are_aligned_otherwise_are_not_taken(
     bases = [t.data_ptr() for t in into]
     assert not Moving(tables, bases).run([bases[0], bases[1] + 8])
     assert all(torch.equal(x.table, t) for x, t in zip(tables, before, strict=True))
+
+
+def test_a_launch_that_fails_leaves_the_tables_where_they_point(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A push that heals uses them again: moved twice, they would write anywhere."""
+    first, then = destinations(0, 2048), destinations(4096, 1024)
+    tables = launches(first)
+    moving = Moving(tables, [t.data_ptr() for t in first])
+    monkeypatch.setattr(_Launch, "run", lambda _: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        moving.run([t.data_ptr() for t in then])
+    monkeypatch.setattr(_Launch, "run", lambda _: None)
+    assert moving.run([t.data_ptr() for t in then])
+    assert [x.table.tolist() for x in tables] == [x.table.tolist() for x in launches(then)]
