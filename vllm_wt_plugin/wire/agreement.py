@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -64,12 +64,18 @@ def _left_over(spec: ParamSpec, reports: list[PlanReport]) -> bool:
 def check_patches(push: PatchPush, applied: list[Reply]) -> None:
     """Raise unless the parts of all ranks add up to what the trainer says its patches change."""
     ranks = [r.info["sums"] for r in applied]
-    if wrong := sorted(set(wrong_sums(push, ranks))):
-        raise TransferError(
-            f"the checksum of {len(wrong)} tensors is not the trainer's: {', '.join(wrong[:20])}",
-            where=wrong[0],
-            next_step="they are taken back; push dense",
-        )
+    if wrong := set(wrong_sums(push, ranks)):
+        raise not_the_trainers(wrong, "they are taken back; push dense")
+
+
+def not_the_trainers(wrong: Collection[str], next_step: str) -> TransferError:
+    """Of tensors whose checksums differ."""
+    names = sorted(wrong)
+    return TransferError(
+        f"the checksum of {len(names)} tensors is not the trainer's: {', '.join(names[:20])}",
+        where=names[0],
+        next_step=next_step,
+    )
 
 
 def check_written(sums: dict[str, int], replies: list[Reply]) -> None:
@@ -81,12 +87,7 @@ def check_written(sums: dict[str, int], replies: list[Reply]) -> None:
     wrong = {n for n, have in sums.items() if added_up(ranks, n) not in (None, have)}
     wrong |= {n for r in replies for n, s in r.info["received"].items() if s != sums[n]}
     if wrong:
-        raise TransferError(
-            f"the checksum of {len(wrong)} tensors is not the trainer's: "
-            + ", ".join(sorted(wrong)[:20]),
-            where=min(wrong),
-            next_step="nothing was committed; push again",
-        )
+        raise not_the_trainers(wrong, "nothing was committed; push again")
 
 
 def slowest(replies: list[Reply]) -> dict[str, float]:

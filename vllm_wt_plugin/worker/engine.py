@@ -67,9 +67,9 @@ class IPCEngine(WeightTransferEngine[WeightTransferInitInfo, WeightTransferUpdat
         """Raises what this rank says."""
         reply = self.session.call(msg.encode_verbs(*verbs))
         if reply["error"]:
-            if self._session_id:  # what is left of its update must not be committed
-                why = reply["error"]["error"]
-                self.session.call(msg.encode_verbs(msg.Abort(self._session_id, why)))
+            o = self.session.open
+            if o is not None and o.session == self._session_id:  # a half must not be committed
+                self.session.abort(reply["error"]["error"])
             raise from_dict(reply["error"])
 
     # vLLM's interface to an engine, for who drives one worker by hand. vLLM's own calls to all

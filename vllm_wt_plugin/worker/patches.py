@@ -14,11 +14,11 @@ from vllm_wt_plugin.errors import (
     HandleError,
     PlanError,
     RequestError,
-    TransferError,
     VersionMismatch,
 )
 from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.sparse.patch import WORDS, Group, grouped, received
+from vllm_wt_plugin.wire.agreement import not_the_trainers
 from vllm_wt_plugin.wire.messages import PlanReport
 from vllm_wt_plugin.wire.moved import Moved
 from vllm_wt_plugin.wire.nccl import ReceivePatches
@@ -149,7 +149,8 @@ class PatchUpdate:
         naming the parameter, TransferError for tensors in full that are not the trainer's."""
         for _, ways in self._scatters:
             ways.check()
-        check_sums(self._arrived_wrong(), "nothing was written; push dense")
+        if wrong := self._arrived_wrong():
+            raise not_the_trainers(wrong, "nothing was written; push dense")
 
     def _arrived_wrong(self) -> list[str]:
         """Tensors in full that are not the trainer's; where it says what they add up to."""
@@ -179,7 +180,8 @@ class PatchUpdate:
                     parts[spec.name] = [(part, have)]
                 elif have != (want[spec.name] if every else 0):
                     wrong.append(spec.name)
-        check_sums(wrong, "they are taken back; push dense")
+        if wrong:
+            raise not_the_trainers(wrong, "they are taken back; push dense")
         return parts
 
     @torch.no_grad()
@@ -211,16 +213,6 @@ class PatchUpdate:
         device = self._host.device
         update.receive({n: t.to(device) for n, t in tensors.items()}, lasting=True)
         update.finish()
-
-
-def check_sums(wrong: Iterable[str], next_step: str) -> None:
-    """Raise if any tensor's checksum is not the trainer's."""
-    if names := sorted(wrong):
-        raise TransferError(
-            f"the checksum of {len(names)} tensors is not the trainer's: {', '.join(names[:20])}",
-            where=names[0],
-            next_step=next_step,
-        )
 
 
 _Came = tuple[list[Group], dict[str, torch.Tensor]]  # patches, and tensors in full
