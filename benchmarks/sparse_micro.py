@@ -3,8 +3,8 @@
     python -m benchmarks.sparse_micro [--share 0.01] [--quick]
 
 Prints GPU milliseconds (events, median) with the bytes a kernel must move, and milliseconds of
-the host for the calls that launch them. `_find`, `_take`, `_put` and `_swap` move 32-byte
-sectors for elements that lie apart; their bytes are counted so.
+the host for the calls that launch them. `_put` and `_swap` move 32-byte sectors for
+elements that lie apart; their bytes are counted so.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ import itertools
 import statistics as st
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
+import triton
 
 from benchmarks.copy_sweep import tensors
 from vllm_wt_plugin.sparse import cuda_diff, kernels
@@ -26,9 +28,12 @@ from vllm_wt_plugin.sparse.scatter import Row
 from vllm_wt_plugin.wire.params import ParamSpec
 
 
-def gpu_ms(f: Callable[[], object], rounds: int = 7) -> float:
+def gpu_ms(
+    f: Callable[[], object], rounds: int = 7, before: Callable[[], object] = lambda: None
+) -> float:
     times = []
     for _ in range(rounds + 2):
+        before()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda._sleep(2_000_000)  # the launches queue up: no host time between the events
         start.record()
@@ -75,50 +80,35 @@ class Bench:
         ]
         self.nbytes = sum(t.nbytes for t in news)
 
-    def diff(self) -> None:
-        """Reads both copies; writes and reads a bit per element; then only what has changed."""
-        elements = self.nbytes / 2
-        for tile, warps in sweep(self.quick, (8192, 4096, 16384), (8, 4, 16)):
-            cuda_diff.TILE, cuda_diff.WARPS["mark"] = tile, warps
-            part: Any = cuda_diff.CudaPart(self.pairs)
-            masks = torch.empty(part._grid, tile // 32, dtype=torch.int32, device="cuda")
-            counts = torch.empty(part._grid, dtype=torch.int32, device="cuda")
-            label = f"mark, tile {tile}, {warps} warps"
-            mark = gpu_ms(lambda p=part, m=masks, c=counts: p._mark(p._launches, m, c))
-            show(label, mark, 2 * self.nbytes + elements / 8)
-            scan = gpu_ms(lambda c=counts: c.cumsum(0, dtype=torch.int64))
-            show(f"prefix sum, tile {tile}", scan, part._grid * 12)
-            ends = counts.cumsum(0, dtype=torch.int64)
-            total = int(ends[-1])
-            indices = torch.empty(total, dtype=torch.int32, device="cuda")
-            for find in (4,) if self.quick else (1, 2, 4, 8):
-                cuda_diff.WARPS["find"] = find
-                ms = gpu_ms(lambda p=part, m=masks, c=counts, e=ends, i=indices:
-                            p._find(m, c, e, i))  # fmt: skip
-                show(f"find, tile {tile}, {find} warps", ms, elements / 8 + 4 * total)
-        cuda_diff.TILE, cuda_diff.WARPS["mark"], cuda_diff.WARPS["find"] = 8192, 8, 4
-
-    def changed(self) -> Any:
+    def diff(self) -> Any:
+        """Reads both copies; then only what has changed."""
         part: Any = cuda_diff.CudaPart(self.pairs)
-        found = part.find(10**10)
-        group = found.group
+        group = part.find(10**10).group
         n = group.indices.numel()
+        for tile in (8192,) if self.quick else (8192, 4096, 16384):
+            cuda_diff.TILE = tile
+            part = cuda_diff.CudaPart(self.pairs)
+            part.find(10**10)  # finds how much room it needs
+            label = f"tile {tile}"
+            find = gpu_ms(lambda p=part: p._found(p._table, p._room))
+            show(f"find, {label}", find, 2 * self.nbytes + 8 * n)
+            found, starts, counts = part._found(part._table, part._room)
+            ends = counts.cumsum(0, dtype=torch.int64)
+            show(f"prefix sum, {label}", gpu_ms(lambda c=counts: c.cumsum(0, dtype=torch.int64)),
+                 part._grid * 12)  # fmt: skip
+            rest = starts, counts, ends, torch.empty_like(group.indices), group.values.clone()
+            show(f"move, {label}", gpu_ms(lambda p=part, f=found, r=rest: p._move(f, *r)), n * 14)
+        cuda_diff.TILE = 8192
         apart = 32 * min(1.0, 1 / (16 * self.share))  # bytes per element read at its place
-        starts = torch.tensor(group.starts, device="cuda")
-        sums = torch.zeros(len(group.specs), dtype=torch.int64, device="cuda")
-        for tile, warps in sweep(self.quick, (1024, 512, 2048, 4096), (4, 2, 8)):
-            cuda_diff.CHANGES, cuda_diff.WARPS["take"] = tile, warps
-            label = f"tile {tile}, {warps} warps"
-            take = gpu_ms(lambda: part._take(part._launches, list(group.counts), starts,
-                                             group.indices, group.values, sums))  # fmt: skip
-            show(f"take (with its tiles), {label}", take, n * (6 + 2 * apart))
-            show(f"put (with its tiles), {label}", gpu_ms(lambda: part.accept(group)),
-                 n * (6 + 2 * apart))  # fmt: skip
-        cuda_diff.CHANGES, cuda_diff.WARPS["take"] = 1024, 4
+        part = cuda_diff.CudaPart(self.pairs)
         returned, done = host_ms(lambda: part.find(10**10))
         print(f"find: {returned:.3f} ms to return, {done:.3f} to the end")
-        returned, done = host_ms(lambda: part.accept(group))
-        print(f"accept: {returned:.3f} ms to return, {done:.3f} to the end", flush=True)
+        before = replace(group, values=torch.cat([
+            p.old.view(torch.int16).view(-1)[i.long()]
+            for p, (_, i, _) in zip(self.pairs, group.rows(), strict=True)
+        ]))  # fmt: skip
+        put = gpu_ms(lambda: part.accept(group), before=lambda: part.accept(before))
+        show("put", put, n * (6 + 2 * apart))
         return group
 
     def scatter(self, group: Any) -> None:
@@ -127,26 +117,26 @@ class Bench:
         rows = {p.spec.name: [[_row(p.old)]] for p in self.pairs}
         numels = {p.spec.name: p.spec.numel for p in self.pairs}
         table = kernels.CudaTable(rows, numels, torch.int32, torch.int16, torch.device("cuda:0"))
-        for tile, warps in sweep(self.quick, (512, 1024, 2048), (2, 4, 8)):
-            kernels.PATCH, kernels.WARPS["patch"] = tile, warps
+        for tile, warps in sweep(self.quick, (1024, 512, 256), (8, 4, 2)):
+            kernels.PATCH, kernels.WARPS["swap"] = tile, warps
             ways: Any = table.scatter(group)
             label = f"tile {tile}, {warps} warps"
             show(f"patch, check, {label}", gpu_ms(ways.check), n * 4)
-            show(f"patch, swap, {label}", gpu_ms(ways.swap), n * (8 + 2 * apart))
+            swap = gpu_ms(ways.swap, before=ways.undo)
+            show(f"patch, swap, {label}", swap, n * (8 + 2 * apart))
             ways.undo()
-        kernels.PATCH, kernels.WARPS["patch"] = 512, 2
-        for what, call in (("tables", lambda: table.scatter(group)), ("check", ways.check),
-                           ("swap", ways.swap)):  # fmt: skip
+        kernels.PATCH, kernels.WARPS["swap"] = 1024, 8
+        for what, call in (("tables", lambda: table.scatter(group)), ("check", ways.check)):
             returned, done = host_ms(call)
             print(f"patch, {what}: {returned:.3f} ms to return, {done:.3f} to the end", flush=True)
 
     def sums(self) -> None:
         parts = [(seed(p.spec.name), _row(p.old)) for p in self.pairs]
-        for tile, warps in sweep(self.quick, (4096, 2048, 8192, 16384), (8, 4, 16)):
+        for tile, warps in sweep(self.quick, (8192, 16384, 4096), (4, 8, 16)):
             kernels.TILE, kernels.WARPS["sums"] = tile, warps
-            ms = gpu_ms(lambda: kernels.CudaSums(parts).result())
-            show(f"checksum of everything, host included, tile {tile}, {warps} warps", ms,
-                 self.nbytes)  # fmt: skip
+            sums = kernels.CudaSums(parts)
+            ms = gpu_ms(sums.begin)
+            show(f"checksum of everything, tile {tile}, {warps} warps", ms, self.nbytes)
 
 
 def _row(t: torch.Tensor) -> Row:
@@ -163,11 +153,10 @@ def main() -> None:
     ap.add_argument("--share", type=float, default=0.01)
     ap.add_argument("--quick", action="store_true", help="the settings in use only")
     a = ap.parse_args()
-    print(torch.cuda.get_device_name(), "triton", kernels.triton.__version__)
+    print(torch.cuda.get_device_name(), "triton", triton.__version__)
     bench = Bench(a.share, a.quick)
     floor(bench.nbytes)
-    bench.diff()
-    bench.scatter(bench.changed())
+    bench.scatter(bench.diff())
     bench.sums()
 
 

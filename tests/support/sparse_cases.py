@@ -198,15 +198,18 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
             assert found is not None
             parts.append((cs.seed(f"w{i}"), found))
             want.append(cs.checksum_region(f"w{i}", dest.cpu(), place))
-    begun = kernels.CudaSums(parts)
+    sums = kernels.CudaSums(parts)
+    begun = sums.begin()
+    assert sums.begin()() == want
     for _, r in parts:
         r.dest.zero_()  # it was read before, on the same stream
-    assert begun.result() == want
+    assert begun() == want
+    assert sums.begin()() == [0] * len(parts)
 
 
 def main() -> None:
     # The interpreter takes a tile as one step.
-    kernels.TILE = kernels.PATCH = cuda_diff.TILE = cuda_diff.CHANGES = 256
+    kernels.TILE = kernels.PATCH = cuda_diff.TILE = 256
     small = (1, 64, 300, 257)
     for dtype in {d.itemsize: d for d in DTYPES}.values():  # the kernels see words of its size
         check_diff(dtype, "cpu", small)

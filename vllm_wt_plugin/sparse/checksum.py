@@ -94,10 +94,10 @@ def begin_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> Callable[[], li
         flat = t.detach().contiguous().view(-1).view(WORDS[t.element_size()])
         return seed(name), Row(flat, start, ((len(flat), 1, 1),))
 
-    begun = CudaSums([part(*runs[i]) for i in on_gpu])
+    begun = CudaSums([part(*runs[i]) for i in on_gpu]).begin()
 
     def result() -> list[int]:
-        for i, s in zip(on_gpu, begun.result(), strict=True):
+        for i, s in zip(on_gpu, begun(), strict=True):
             out[i] = s
         return out
 

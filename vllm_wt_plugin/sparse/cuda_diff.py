@@ -1,7 +1,7 @@
 """The kernels of `diff.py`: both copies are read once, at the speed of the memory.
 
-mark (a bit per element, a count per tile) ─ prefix sum ─▶ find (set bits to indices)
-    ─▶ take (values, and what they add to the checksum) ─ (pushed) ─▶ put (into the old copy)
+find (a tile's changes, wherever there is room, and how many) ─ prefix sum ─▶ move (in order, and
+    what they add to the checksum) ─ (pushed) ─▶ put (into the old copy)
 
 All after the first cost what has changed, not what there is. One launch each for all tensors.
 """
@@ -19,12 +19,12 @@ import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.diff import Diff, Pair
-from vllm_wt_plugin.sparse.kernels import WORD_TYPE, on, patch_tiles, share, span, tiles, to_device
+from vllm_wt_plugin.sparse.kernels import PATCH, WARPS, WORD_TYPE, Patches, on, share, span, tiles
 from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
 
 TILE = 8192  # elements compared by one program
-CHANGES = 1024  # changed elements that one program takes or puts
-WARPS = {"mark": 8, "find": 4, "take": 4}
+MOVED = 512  # places for changed elements that one program moves at a time
+FIRST = 256  # a first comparison has room for one change in so many elements
 _FLOAT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -47,110 +47,119 @@ def _population(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _mark(  # type: ignore[no-untyped-def]
-    table, tiles, masks, counts, SRC: tl.constexpr, DST: tl.constexpr, WORD: tl.constexpr,
-    PER: tl.constexpr, ALIGN: tl.constexpr, TILE: tl.constexpr,
+def _find(  # type: ignore[no-untyped-def]
+    table, tiles, found, starts, counts, indices, news, olds, room, SRC: tl.constexpr,
+    DST: tl.constexpr, WORD: tl.constexpr, WIDER: tl.constexpr, PER: tl.constexpr,
+    ALIGN: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """table [n, 3]: addresses of new and old, elements. masks [tiles, TILE / 32]: bit b of word w
-    is element 32 w + b. PER elements are compared as one word, ALIGN words are 16 bytes. A tensor
-    of another launch has no elements in this one's table."""
-    program = tl.program_id(0).to(tl.int64)
-    row = table + tl.load(tiles + program * 2) * 3
-    n = tl.load(row + 2)
-    if n > 0:
-        first = tl.multiple_of(tl.load(tiles + program * 2 + 1), TILE)
-        left = tl.minimum(n - first, TILE).to(tl.int32)
-        if PER > 1:  # a division by 1 would be folded, and what is known of its result with it
-            left = left // PER
-            first = tl.multiple_of(first // PER, 16)
+    """table [n, 3]: addresses of new and old, elements. tiles [m, 3]: tensor, first element, which
+    of all tiles it is. `found` counts all changes; those of a tile lie from its `starts` on, in
+    order, as far as there is `room`. PER elements are compared as one WIDER, of which ALIGN are 16
+    bytes. A change is read a second time while it is in the cache."""
+    tile = tiles + tl.program_id(0).to(tl.int64) * 3
+    row = table + tl.load(tile) * 3
+    first = tl.multiple_of(tl.load(tile + 1), TILE)
+    left = tl.minimum(tl.load(row + 2) - first, TILE).to(tl.int32)
+    begin = first
+    if PER > 1:  # a division by 1 would be folded, and what is known of its result with it
+        left = left // PER
+        begin = tl.multiple_of(first // PER, 16)
+    new_run = tl.load(row).to(tl.pointer_type(SRC if PER == 1 else WIDER))
+    old_run = tl.load(row + 1).to(tl.pointer_type(WIDER))
+    if ALIGN > 1:  # 16-byte accesses
+        left = tl.multiple_of(left, ALIGN)
+        new_run = tl.multiple_of(new_run, 16)
+        old_run = tl.multiple_of(old_run, 16)
+    lane = tl.arange(0, TILE // PER)
+    old = tl.load(old_run + begin + lane, mask=lane < left, other=0)
+    if PER == 1:
+        new = _new(new_run + begin, lane, lane < left, DST, WORD)
+        bits = ((lane < left) & (new != old)).to(tl.int32)
+    else:
+        new = tl.load(new_run + begin + lane, mask=lane < left, other=0)
+        differ = (new ^ old).to(tl.uint32, bitcast=True)
+        low: tl.constexpr = (1 << (32 // PER)) - 1
+        bits = tl.zeros([TILE // PER], tl.int32)
+        for k in tl.static_range(PER):
+            bits |= (((differ >> (k * (32 // PER))) & low) != 0).to(tl.int32) << k
+    grid = tl.reshape(bits, [TILE // 32, 32 // PER])
+    words = tl.sum(grid << (tl.arange(0, 32 // PER) * PER)[None, :], 1).to(tl.uint32, bitcast=True)
+    many = _population(words)  # bit b of word w is element 32 w + b
+    count = tl.sum(many)
+    to = tl.atomic_add(found, count.to(tl.int64), sem="relaxed")
+    which = tl.load(tile + 2)
+    tl.store(starts + which, to)
+    tl.store(counts + which, count)
+    if (count > 0) & (to + count <= room):
+        places = to + tl.cumsum(many, 0) - many
+        kind = indices.dtype.element_ty
+        word = first.to(kind) + (tl.arange(0, TILE // 32) * 32).to(kind)
         new_at = tl.load(row).to(tl.pointer_type(SRC))
         old_at = tl.load(row + 1).to(tl.pointer_type(WORD))
-        if ALIGN > 1:  # 16-byte accesses
-            left = tl.multiple_of(left, ALIGN)
-            new_at = tl.multiple_of(new_at, 16)
-            old_at = tl.multiple_of(old_at, 16)
-        lane = tl.arange(0, TILE // PER)
-        new = _new(new_at + first, lane, lane < left, DST, WORD)
-        old = tl.load(old_at + first + lane, mask=lane < left, other=0)
-        if PER == 1:
-            bits = ((lane < left) & (new != old)).to(tl.int32)
-        else:
-            differ = (new ^ old).to(tl.uint32, bitcast=True)
-            low: tl.constexpr = (1 << (32 // PER)) - 1
-            bits = tl.zeros([TILE // PER], tl.int32)
-            for k in tl.static_range(PER):
-                bits |= (((differ >> (k * (32 // PER))) & low) != 0).to(tl.int32) << k
-        grid = tl.reshape(bits, [TILE // 32, 32 // PER])
-        words = tl.sum(grid << (tl.arange(0, 32 // PER) * PER)[None, :], 1)
-        tl.store(masks + program * (TILE // 32) + tl.arange(0, TILE // 32), words)
-        tl.store(counts + program, tl.sum(_population(words.to(tl.uint32, bitcast=True))))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _find(tiles, masks, counts, ends, indices, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Each tile's set bits as indices into its tensor, in order, before `ends` of it."""
-    program = tl.program_id(0).to(tl.int64)
-    count = tl.load(counts + program)
-    if count > 0:
-        lane = tl.arange(0, TILE // 32)
-        left = tl.load(masks + program * (TILE // 32) + lane).to(tl.uint32, bitcast=True)
-        many = _population(left)
-        out = indices + (tl.load(ends + program) - count)
-        to = tl.cumsum(many, 0) - many
-        kind = indices.dtype.element_ty
-        first = tl.load(tiles + program * 2 + 1).to(kind) + (lane * 32).to(kind)
         for _ in range(tl.max(many, 0)):
-            lowest = left & (~left + 1)
+            here = words != 0
+            lowest = words & (~words + 1)
             # The exponent of a power of two as a float is the place of its bit.
             bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-            tl.store(out + to, first + bit.to(kind), mask=left != 0)
-            to += 1
-            left = left ^ lowest
+            index = word + bit.to(kind)
+            tl.store(indices + places, index, mask=here)
+            tl.store(news + places, _new(new_at, index, here, DST, WORD), mask=here)
+            tl.store(olds + places, tl.load(old_at + index, mask=here), mask=here)
+            places += 1
+            words = words ^ lowest
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _take(  # type: ignore[no-untyped-def]
-    table, tiles, starts, keys, indices, values, sums, SRC: tl.constexpr, DST: tl.constexpr,
-    WORD: tl.constexpr, SIZE: tl.constexpr, WIDE: tl.constexpr, TILE: tl.constexpr,
+def _move(  # type: ignore[no-untyped-def]
+    tiles, n, keys, starts, counts, ends, indices, news, olds, to_indices, to_values, moved,
+    SIZE: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """The new values at `indices`, of which `starts[i]` to `starts[i + 1]` are tensor i's."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    entry, _, at, mask = span(tile, starts, TILE)
-    row = table + entry * 3
-    if tl.load(row + 2) > 0:
-        index = tl.load(indices + at, mask=mask, other=0)
-        new = _new(tl.load(row).to(tl.pointer_type(SRC)), index, mask, DST, WORD)
-        old = tl.load(tl.load(row + 1).to(tl.pointer_type(WORD)) + index, mask=mask, other=0)
-        tl.store(values + at, new, mask=mask)
-        key = tl.load(keys + entry).to(tl.uint32)
-        moved = share(new, index, key, SIZE, WIDE) - share(old, index, key, SIZE, WIDE)
-        tl.atomic_add(sums + entry, tl.sum(moved), sem="relaxed")
+    """The changes of n tiles, TILES by one program, to before their `ends`; `moved` [n]: what each
+    tile's add to the checksum."""
+    tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
+    count = tl.load(counts + tile, mask=tile < n, other=0)
+    key = tl.load(keys + tl.load(tiles + tile * 2, mask=tile < n, other=0)).to(tl.uint32)
+    source = tl.load(starts + tile, mask=tile < n, other=0)
+    to = tl.load(ends + tile, mask=tile < n, other=0) - count
+    added = tl.zeros([TILES, LANES], tl.int64)
+    for k in range(0, tl.max(count, 0), LANES):
+        at = k + tl.arange(0, LANES)[None, :]
+        here = at < count[:, None]
+        index = tl.load(indices + source[:, None] + at, mask=here, other=0)
+        new = tl.load(news + source[:, None] + at, mask=here, other=0)
+        old = tl.load(olds + source[:, None] + at, mask=here, other=0)
+        tl.store(to_indices + to[:, None] + at, index, mask=here)
+        tl.store(to_values + to[:, None] + at, new, mask=here)
+        added += share(new, index, key[:, None], SIZE, WIDE)
+        added -= share(old, index, key[:, None], SIZE, WIDE)
+    tl.store(moved + tile, tl.sum(added, 1), mask=tile < n)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put(places, tiles, starts, indices, values, WORD: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """places [n]: addresses of the tensors that take the values."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    entry, _, at, mask = span(tile, starts, TILE)
+def _put(places, patches, n, indices, values, WORD: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """places [n]: addresses of the tensors that take the values. A place is read first, as in
+    `_swap`: what is written to memory that is not in the cache takes up to three times as long."""
+    _, which, _, at, mask = span(patches, n, TILE)
     index = tl.load(indices + at, mask=mask, other=0)
-    place = tl.load(places + entry).to(tl.pointer_type(WORD))
-    tl.store(place + index, tl.load(values + at, mask=mask, other=0), mask=mask)
+    new = tl.load(values + at, mask=mask, other=0)
+    place = tl.load(places + which).to(tl.pointer_type(WORD))
+    old = tl.load(place + index, mask=mask, other=0)
+    tl.store(place + index, new, mask=mask & (new != old))
 
 
 @dataclass(frozen=True, slots=True)
 class _Launch:
-    """The tensors of one combination of dtypes and alignment; a row for every tensor."""
+    """The tensors of one combination of dtypes and alignment."""
 
-    table: torch.Tensor
-    kind: dict[str, Any]  # SRC, DST, WORD, by element
-    mark: dict[str, Any]  # the same by the words that are compared
+    tiles: torch.Tensor
+    kind: dict[str, Any]
 
 
 class CudaPart:
     """`diff.TorchPart` on the pairs' device.
 
-    (4096,) bf16 with changes at 5 and 40: mask words 0 and 1 are 1 << 5 and 1 << 8, the tile's
-    count is 2.
+    (16384,) bf16 with changes at 5, 9000 and 40: counts of its two tiles are 2 and 1. If the second
+    was first, the indices found are 9000, 5, 40 and the starts 1 and 0; moved, 5, 40, 9000.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -166,32 +175,30 @@ class CudaPart:
         self._keys = torch.tensor([cs.seed(s.name) for s in self._specs], device=self._device)
         self._olds = torch.tensor([p.old.data_ptr() for p in pairs], device=self._device)
         direct = [_comparable(p) for p in pairs]
-        self._launches: list[_Launch] | None = None
-        if all(n is p.new for n, p in zip(direct, pairs, strict=True)):
-            self._launches = _launches(pairs, direct)
+        self._launches = _launches(pairs, direct, self._tiles)
+        same = all(n is p.new for n, p in zip(direct, pairs, strict=True))
+        self._table = _table(pairs, direct) if same else None
+        self._room = max(sum(sizes) // FIRST, TILE)
 
     def find(self, capacity: int) -> Diff | None:
-        device = self._device
-        with on(device):
-            masks = torch.empty(self._grid, TILE // 32, dtype=torch.int32, device=device)
-            counts = torch.empty(self._grid, dtype=torch.int32, device=device)
-            fresh = [] if self._launches else [_comparable(p) for p in self._pairs]
-            launches = self._launches or _launches(self._pairs, fresh)
-            self._mark(launches, masks, counts)
-            ends = counts.cumsum(0, dtype=torch.int64)
-            starts = torch.nn.functional.pad(ends[self._last], (1, 0))
-            stops = starts.tolist()
-            total = stops[-1]
-            if total > capacity:
-                return None
+        with on(self._device):
+            fresh = [] if self._table is not None else [_comparable(p) for p in self._pairs]
+            table = _table(self._pairs, fresh) if self._table is None else self._table
+            while True:
+                found, starts, counts = self._found(table, self._room)
+                ends = counts.cumsum(0, dtype=torch.int64)
+                stops = [0, *ends[self._last].tolist()]
+                total = stops[-1]
+                if total > capacity:
+                    return None
+                if total <= self._room:
+                    break
+                self._room = total
+            self._room = total + total // 8 + TILE  # of the next one, if about as much changes
             each = [b - a for a, b in pairwise(stops)]
-            indices = torch.empty(total, dtype=self._index, device=device)
-            values = torch.empty(total, dtype=WORDS[self._size], device=device)
-            sums = torch.zeros(len(each), dtype=torch.int64, device=device)
-            if total:
-                self._find(masks, counts, ends, indices)
-                self._take(launches, each, starts, indices, values, sums)
-            moved = sums.tolist()
+            indices = self._empty(total, self._index)
+            values = self._empty(total, WORDS[self._size])
+            moved = self._move(found, starts, counts, ends, indices, values) if total else []
         kept = [i for i, n in enumerate(each) if n]
         if len(kept) == len(each):
             return Diff(Group(self._specs, tuple(each), indices, values), tuple(moved))
@@ -199,73 +206,84 @@ class CudaPart:
         group = Group(specs, tuple(each[i] for i in kept), indices, values)
         return Diff(group, tuple(moved[i] for i in kept))
 
-    def _mark(self, launches: list[_Launch], masks: torch.Tensor, counts: torch.Tensor) -> None:
-        mark: Any = _mark
-        for x in launches:
-            mark[self._grid,](
-                x.table, self._tiles, masks, counts, **x.mark, TILE=TILE, num_warps=WARPS["mark"]
-            )
+    def _empty(self, n: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(n, dtype=dtype, device=self._device)
 
-    def _find(
-        self, masks: torch.Tensor, counts: torch.Tensor, ends: torch.Tensor, indices: torch.Tensor
-    ) -> None:
+    def _found(
+        self, table: torch.Tensor, room: int
+    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
+        """Indices, new and old values of at most `room` changes, tile by tile; where those of each
+        tile begin, and how many they are."""
+        word = WORDS[self._size]
+        found = [self._empty(room, d) for d in (self._index, word, word)]
+        starts = self._empty(self._grid, torch.int64)
+        counts = self._empty(self._grid, torch.int32)
+        total = torch.zeros(1, dtype=torch.int64, device=self._device)
         find: Any = _find
-        find[self._grid,](
-            self._tiles, masks, counts, ends, indices, TILE=TILE, num_warps=WARPS["find"]
-        )
-
-    def _take(
-        self, launches: list[_Launch], each: list[int], starts: torch.Tensor,
-        indices: torch.Tensor, values: torch.Tensor, sums: torch.Tensor,
-    ) -> None:  # fmt: skip
-        take: Any = _take
-        changed, grid = patch_tiles(each, self._device, CHANGES)
-        for x in launches:
-            take[grid,](
-                x.table, changed, starts, self._keys, indices, values, sums, **x.kind,
-                SIZE=self._size, WIDE=self._index == torch.int64, TILE=CHANGES,
-                num_warps=WARPS["take"],
+        for x in self._launches:
+            find[x.tiles.shape[0],](
+                table, x.tiles, total, starts, counts, *found, room, **x.kind, TILE=TILE,
+                num_warps=4 if x.kind["PER"] > 1 else 8,
             )  # fmt: skip
+        return found, starts, counts
+
+    def _move(
+        self, found: list[torch.Tensor], starts: torch.Tensor, counts: torch.Tensor,
+        ends: torch.Tensor, indices: torch.Tensor, values: torch.Tensor,
+    ) -> list[int]:  # fmt: skip
+        """Into `indices` and `values`, in order; by how much each tensor's checksum moves."""
+        move: Any = _move
+        lanes = min(max(triton.next_power_of_2(indices.numel() // self._grid), 16), 256)
+        at_once = MOVED // lanes
+        moved = self._empty(self._grid, torch.int64)
+        move[triton.cdiv(self._grid, at_once),](
+            self._tiles, self._grid, self._keys, starts, counts, ends, *found, indices, values,
+            moved, SIZE=self._size, WIDE=self._index == torch.int64, TILES=at_once, LANES=lanes,
+        )  # fmt: skip
+        stops = [0, *moved.cumsum(0)[self._last].tolist()]  # overflows, as the checksums do
+        return [cs.wrap(b - a) for a, b in pairwise(stops)]
 
     def accept(self, group: Group) -> None:
+        if not group.indices.numel():
+            return
         put: Any = _put
-        device = self._device
-        with on(device):
-            changed, grid = patch_tiles(group.counts, device, CHANGES)
-            if not grid:
-                return
-            rows = torch.tensor([[self._row[s.name] for s in group.specs] + [0], group.starts])
-            which, starts = to_device(rows, device)
-            put[grid,](
-                self._olds[which[:-1]], changed, starts, group.indices, group.values,
-                WORD=WORD_TYPE[self._size], TILE=CHANGES, num_warps=WARPS["take"],
+        with on(self._device):
+            patches = Patches(group.counts, [self._row[s.name] for s in group.specs], self._device)
+            put[patches.grid,](
+                self._olds, patches.rows, patches.n, group.indices, group.values,
+                WORD=WORD_TYPE[self._size], TILE=PATCH, num_warps=WARPS["swap"],
             )  # fmt: skip
 
 
-def _launches(pairs: Sequence[Pair], news: Sequence[torch.Tensor]) -> list[_Launch]:
-    """A table of addresses for each combination of dtypes and alignment."""
+def _launches(
+    pairs: Sequence[Pair], news: Sequence[torch.Tensor], every: torch.Tensor
+) -> list[_Launch]:
+    """The tiles of each combination of dtypes and alignment. What is made anew for each comparison
+    has the alignment of an allocation."""
     size = pairs[0].old.element_size()
     word = WORD_TYPE[size]
-    rows, groups = [], dict[tuple[Any, Any, bool], list[int]]()
+    groups = dict[tuple[Any, Any, bool], list[int]]()
     for i, (p, new) in enumerate(zip(pairs, news, strict=True)):
-        row = [new.data_ptr(), p.old.data_ptr(), p.spec.numel]
-        rows.append(row)
         same = new.dtype == p.old.dtype or new.dtype not in _FLOAT
         src, dst = (word, word) if same else (_FLOAT[new.dtype], _FLOAT[p.old.dtype])
-        aligned = not any(x % 16 for x in (row[0], row[1], row[2] * size))
-        groups.setdefault((src, dst, aligned), []).append(i)
-    every = torch.tensor(rows)
+        bytes_ = new.data_ptr(), p.old.data_ptr(), p.spec.numel * size
+        groups.setdefault((src, dst, not any(x % 16 for x in bytes_)), []).append(i)
     out = []
     for (src, dst, aligned), mine in groups.items():
-        table = every.clone()
-        table[:, 2] = 0
-        table[mine, 2] = every[mine, 2]
-        kind = {"SRC": src, "DST": dst, "WORD": word}
-        mark = kind | {"PER": 1, "ALIGN": 16 // size if aligned else 1}
+        own = torch.isin(every[:, 0], torch.tensor(mine, device=every.device)).nonzero()
+        kind = {"SRC": src, "DST": dst, "WORD": word, "WIDER": word, "PER": 1}
+        kind["ALIGN"] = 16 // size if aligned else 1
         if aligned and src == dst and size < 4:
-            mark = dict.fromkeys(kind, tl.int32) | {"PER": 4 // size, "ALIGN": 4}
-        out.append(_Launch(table.to(news[0].device), kind, mark))
+            kind |= {"WIDER": tl.int32, "PER": 4 // size, "ALIGN": 4}
+        out.append(_Launch(torch.cat([every[own[:, 0]], own], 1), kind))
     return out
+
+
+def _table(pairs: Sequence[Pair], news: Sequence[torch.Tensor]) -> torch.Tensor:
+    rows = [
+        [new.data_ptr(), p.old.data_ptr(), p.spec.numel] for p, new in zip(pairs, news, strict=True)
+    ]
+    return torch.tensor(rows, device=news[0].device)
 
 
 def _comparable(p: Pair) -> torch.Tensor:

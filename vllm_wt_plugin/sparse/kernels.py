@@ -6,7 +6,8 @@ a program needs to know is a row of integers in a table on the device.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import accumulate
@@ -20,10 +21,9 @@ from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.patch import Group, ordered
 from vllm_wt_plugin.sparse.scatter import Layers, Row
 
-TILE = 4096  # words summed by one program
-PATCH = 512  # elements of a patch moved by one program
-RUN = tl.constexpr(8)  # of them, as many on one thread
-WARPS = {"sums": 8, "patch": 2}
+TILE = 8192  # words summed by one program
+PATCH = 1024  # elements of a patch that one program takes
+WARPS = {"sums": 4, "check": 2, "swap": 8}
 C_INDEX, C_MIX, C_HIGH = tl.constexpr(cs.C_INDEX), tl.constexpr(cs.C_MIX), tl.constexpr(cs.C_HIGH)
 WORD_TYPE = {1: tl.uint8, 2: tl.int16, 4: tl.int32, 8: tl.int64}
 
@@ -66,25 +66,30 @@ def share(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def span(tile, starts, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Of a tile of `patch_tiles`: which patch, where its elements begin in the group, the tile's
-    places there and whether they are the patch's. Places begin at a multiple of RUN, so a thread
-    has neighbours, which lie near each other in the weights too: at one change in ten elements a
-    swap takes less than half of what it takes with neighbours on different threads."""
-    patch = tl.load(tile)
-    begin = tl.load(starts + patch)
-    at = tl.multiple_of(begin // RUN * RUN + tl.load(tile + 1), RUN) + tl.arange(0, TILE)
-    return patch, begin, at, (at >= begin) & (at < tl.load(starts + patch + 1))
+def span(patches, n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What this program has of n `Patches`: of which entry, where the patch begins in its group,
+    the places there and whether they are the patch's."""
+    program = tl.program_id(0).to(tl.int64)
+    own, end = program * 0, program * 0 + n
+    while end - own > 1:
+        middle = (own + end) // 2
+        if tl.load(patches + middle) <= program:
+            own = middle
+        else:
+            end = middle
+    patch = patches + own
+    begin = tl.load(patch + n + 1)
+    at = begin + (program - tl.load(patch)) * TILE + tl.arange(0, TILE)
+    return own, tl.load(patch + 2 * (n + 1)), begin, at, at < tl.load(patch + n + 2)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _check(entries, tiles, which, starts, indices, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _check(entries, patches, n, indices, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Counts in `bad` the indices that do not ascend within their patch, or are out of range."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    patch, begin, at, mask = span(tile, starts, TILE)
+    _, entry, begin, at, mask = span(patches, n, TILE)
     index = tl.load(indices + at, mask=mask, other=0)
     before = tl.load(indices + at - 1, mask=mask & (at > begin), other=-1)
-    far = tl.load(entries + tl.load(which + patch) * 4 + 3)
+    far = tl.load(entries + entry * 4 + 3)
     wrong = tl.sum((mask & ((index <= before) | (index >= far))).to(tl.int32))
     if wrong > 0:
         tl.atomic_add(bad, wrong.to(tl.int64), sem="relaxed")
@@ -92,19 +97,18 @@ def _check(entries, tiles, which, starts, indices, bad, TILE: tl.constexpr):  # 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _swap(  # type: ignore[no-untyped-def]
-    entries, rows, tiles, which, starts, indices, values, kept, moved, UNDO: tl.constexpr,
+    entries, rows, patches, n, indices, values, kept, moved, UNDO: tl.constexpr,
     FIRST: tl.constexpr, DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr,
     WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """Elements `starts[i]` to `starts[i + 1]` belong to entry `which[i]`. entries [n, 4]: first
-    row, end row, seed, elements. rows [m, 2 + 3 DIMS]: address, source offset, (size, source
-    stride, destination stride) per dimension. moved [n]: what is added to the checksum.
+    """entries [m, 4]: first row, end row, seed, elements. rows [k, 2 + 3 DIMS]: address, source
+    offset, (size, source stride, destination stride) per dimension. moved [n]: what each patch
+    adds to the checksum.
 
-    A place is written while its 32 bytes are still in the cache: a later pass would fetch them
-    again, to write two."""
-    tile = tiles + tl.program_id(0).to(tl.int64) * 2
-    patch, _, at, mask = span(tile, starts, TILE)
-    own = entries + tl.load(which + patch) * 4
+    A store waits for what stood there, and so for its 32 bytes to be in the cache: one that finds
+    them on their way is made at the memory instead, which takes two to four times as long."""
+    patch, entry, _, at, mask = span(patches, n, TILE)
+    own = entries + entry * 4
     index = tl.load(indices + at, mask=mask, other=0)
     key = tl.load(own + 2).to(tl.uint32)
     added = tl.zeros([TILE], tl.int64)
@@ -126,16 +130,31 @@ def _swap(  # type: ignore[no-untyped-def]
             rest = rest - step * stride
         inside = inside & (rest == 0)
         if UNDO:
-            tl.store(dest + offset, tl.load(kept + at, mask=inside, other=0), mask=inside)
-        else:
-            old = tl.load(dest + offset, mask=inside, other=0)
-            tl.store(dest + offset, new, mask=inside)
+            new = tl.load(kept + at, mask=inside, other=0)
+        old = tl.load(dest + offset, mask=inside, other=0)
+        tl.store(dest + offset, new, mask=inside & (new != old))
+        if not UNDO:
             tl.store(kept + at, old, mask=inside)
             if FIRST:
                 change = share(new, index, key, SIZE, WIDE) - share(old, index, key, SIZE, WIDE)
                 added += tl.where(inside, change, 0)
     if FIRST and not UNDO:
         tl.atomic_add(moved + patch, tl.sum(added), sem="relaxed")
+
+
+class Patches:
+    """Patches that lie one behind the other in their group, for `span`: `counts[i]` elements belong
+    to entry `entries[i]` of some table. Each has programs of its own, `grid` in all.
+
+    Counts 300, 0, 40 of entries 5, 6, 7: rows (first program, first element, entry) are
+    0, 2, 2, 3 | 0, 300, 300, 340 | 5, 6, 7, 0.
+    """
+
+    def __init__(self, counts: Sequence[int], entries: Sequence[int], device: torch.device) -> None:
+        programs = list(accumulate((-(-n // PATCH) for n in counts), initial=0))
+        rows = array("q", [*programs, *accumulate(counts, initial=0), *entries, 0])
+        self.n, self.grid = len(counts), programs[-1]
+        self.rows = to_device(torch.frombuffer(rows, dtype=torch.int64), device)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,30 +198,32 @@ class CudaScatter:
     """`scatter.TorchScatter` in one launch per layer. `undo` is asynchronous."""
 
     def __init__(self, table: CudaTable, group: Group) -> None:
-        self._table, self._group, device = table, group, group.values.device
-        self._tiles, self._grid = patch_tiles(group.counts, device, PATCH)
-        which = [table.ids[s.name] for s in group.specs]
-        self._which, self._starts = to_device(torch.tensor([[*which, 0], group.starts]), device)
+        self._table, self._group = table, group
+        entries = [table.ids[s.name] for s in group.specs]
+        self._patches = Patches(group.counts, entries, group.values.device)
         self._kept = [torch.empty_like(group.values) for _ in table.layers]
         self._swapped = 0  # layers, whose old values are in `_kept`
 
     def check(self) -> None:
-        if not self._grid:
+        g, p, check = self._group, self._patches, cast(Any, _check)
+        if not p.grid:
             return
-        g, check = self._group, cast(Any, _check)
         with on(g.values.device):
             bad = torch.zeros(1, dtype=torch.int64, device=g.values.device)
-            check[self._grid,](
-                self._table.layers[0].entries, self._tiles, self._which, self._starts, g.indices,
-                bad, TILE=PATCH, num_warps=WARPS["patch"],
-            )  # fmt: skip
+            check[p.grid,](
+                self._table.layers[0].entries,
+                p.rows,
+                p.n,
+                g.indices,
+                bad,
+                TILE=PATCH,
+                num_warps=WARPS["check"],
+            )
             if bad.item():
                 self._group = ordered(g)
 
     def swap(self) -> list[int]:
-        moved = torch.zeros(
-            len(self._group.specs), dtype=torch.int64, device=self._group.values.device
-        )
+        moved = torch.zeros(self._patches.n, dtype=torch.int64, device=self._group.values.device)
         self._launch(moved, undo=False)
         sums: list[int] = moved.tolist()
         return sums
@@ -211,16 +232,15 @@ class CudaScatter:
         self._launch(None, undo=True)
 
     def _launch(self, moved: torch.Tensor | None, *, undo: bool) -> None:
-        g, table, swap = self._group, self._table, cast(Any, _swap)
-        if not self._grid:
+        g, p, table, swap = self._group, self._patches, self._table, cast(Any, _swap)
+        if not p.grid:
             return
         with on(g.values.device):
             for k, layer in enumerate(table.layers[: self._swapped if undo else None]):
-                swap[self._grid,](
-                    layer.entries, layer.rows, self._tiles, self._which, self._starts, g.indices,
-                    g.values, self._kept[k], moved, UNDO=undo, FIRST=k == 0, DIMS=table.dims,
-                    WORD=WORD_TYPE[table.size], SIZE=table.size, WIDE=table.wide, TILE=PATCH,
-                    num_warps=WARPS["patch"],
+                swap[p.grid,](
+                    layer.entries, layer.rows, p.rows, p.n, g.indices, g.values, self._kept[k],
+                    moved, UNDO=undo, FIRST=k == 0, DIMS=table.dims, WORD=WORD_TYPE[table.size],
+                    SIZE=table.size, WIDE=table.wide, TILE=PATCH, num_warps=WARPS["swap"],
                 )  # fmt: skip
                 self._swapped = max(self._swapped, k + 1)
 
@@ -276,8 +296,9 @@ def _strided(  # type: ignore[no-untyped-def]
 
 
 class CudaSums:
-    """`checksum.checksum_region` of many (seed, live elements), begun on their devices' current
-    streams: on each a launch for all that are a run of whole words, one more for each other form.
+    """`checksum.checksum_region` of many (seed, live elements), as often as wanted: on each device
+    a launch for all that are a run of whole words, one more for each other form. It knows where the
+    elements lie; that they stay there is up to whoever begins a sum.
     """
 
     def __init__(self, parts: Sequence[tuple[int, Row]]) -> None:
@@ -285,19 +306,24 @@ class CudaSums:
         forms: dict[tuple[torch.device, tuple[int, int, bool]], list[int]] = {}
         for i, (_, r) in enumerate(parts):
             forms.setdefault((r.dest.device, _form(r)), []).append(i)
-        self._begun = [
-            (mine, _sums([parts[i] for i in mine], *form), _stream(device))
-            for (device, form), mine in forms.items()
+        self._forms = [
+            (mine, _Summed([parts[i] for i in mine], *form)) for (_, form), mine in forms.items()
         ]
 
-    def result(self) -> list[int]:
-        """In the order of the parts. Blocking; waits for the streams they were begun on."""
-        out = [0] * self._count
-        for mine, sums, stream in self._begun:
-            with torch.cuda.stream(stream):
-                for i, s in zip(mine, sums.tolist(), strict=True):
-                    out[i] = s
-        return out
+    def begin(self) -> Callable[[], list[int]]:
+        """On the current streams. What is returned waits for them, and gives the sums in the order
+        of the parts."""
+        begun = [(mine, form.begin(), _stream(form.device)) for mine, form in self._forms]
+
+        def result() -> list[int]:
+            out = [0] * self._count
+            for mine, sums, stream in begun:
+                with torch.cuda.stream(stream):
+                    for i, s in zip(mine, sums.tolist(), strict=True):
+                        out[i] = s
+            return out
+
+        return result
 
 
 def _stream(device: torch.device) -> torch.cuda.Stream | None:
@@ -314,33 +340,39 @@ def _form(r: Row) -> tuple[int, int, bool]:
     return len(r.dims), size, last >= 2**31
 
 
-def _sums(parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) -> torch.Tensor:
-    device = parts[0][1].dest.device
-    if dims:
-        table = [
-            [r.dest.data_ptr(), r.offset, r.numel, key, *(x for d in r.dims for x in d)]
-            for key, r in parts
-        ]
-    else:
-        bytes_ = [r.dest.element_size() for _, r in parts]
-        table = [
-            [r.dest.data_ptr(), r.offset * b // 4, r.numel * b // 4, key]
-            for (key, r), b in zip(parts, bytes_, strict=True)
-        ]
-    every, grid = tiles([row[2] for row in table], device, TILE)
-    rows = to_device(torch.tensor(table), device)
-    sums = torch.zeros(len(parts), dtype=torch.int64, device=device)
-    run: Any = _run
-    strided: Any = _strided
-    with on(device):
+class _Summed:
+    """Parts of one form on one device."""
+
+    def __init__(self, parts: Sequence[tuple[int, Row]], dims: int, size: int, wide: bool) -> None:
+        self.device = parts[0][1].dest.device
+        self._count, self._dims, self._size, self._wide = len(parts), dims, size, wide
         if dims:
-            strided[grid,](
-                rows, every, sums, DIMS=dims, WORD=WORD_TYPE[size], SIZE=size, WIDE=wide,
-                TILE=TILE, num_warps=WARPS["sums"],
-            )  # fmt: skip
+            table = [
+                [r.dest.data_ptr(), r.offset, r.numel, key, *(x for d in r.dims for x in d)]
+                for key, r in parts
+            ]
         else:
-            run[grid,](rows, every, sums, WIDE=wide, TILE=TILE, num_warps=WARPS["sums"])
-    return sums
+            bytes_ = [r.dest.element_size() for _, r in parts]
+            table = [
+                [r.dest.data_ptr(), r.offset * b // 4, r.numel * b // 4, key]
+                for (key, r), b in zip(parts, bytes_, strict=True)
+            ]
+        self._tiles, self._grid = tiles([row[2] for row in table], self.device, TILE)
+        self._rows = to_device(torch.tensor(table), self.device)
+
+    def begin(self) -> torch.Tensor:
+        sums = torch.zeros(self._count, dtype=torch.int64, device=self.device)
+        how = {"WIDE": self._wide, "TILE": TILE, "num_warps": WARPS["sums"]}
+        run, strided = cast(Any, _run), cast(Any, _strided)
+        with on(self.device):
+            if self._dims:
+                strided[self._grid,](
+                    self._rows, self._tiles, sums, DIMS=self._dims, WORD=WORD_TYPE[self._size],
+                    SIZE=self._size, **how,
+                )  # fmt: skip
+            else:
+                run[self._grid,](self._rows, self._tiles, sums, **how)
+        return sums
 
 
 # ---- tables -------------------------------------------------------------------------------
@@ -355,13 +387,6 @@ def tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch
     which = torch.repeat_interleave(per, output_size=total)
     within = torch.arange(total, device=device) - (per.cumsum(0) - per)[which]
     return torch.stack([which, within * size], 1), total
-
-
-def patch_tiles(counts: Sequence[int], device: torch.device, size: int) -> tuple[torch.Tensor, int]:
-    """`tiles` of patches that lie one behind the other, for `span`."""
-    starts = accumulate(counts, initial=0)
-    spans = [n and n + start % RUN.value for n, start in zip(counts, starts, strict=False)]
-    return tiles(spans, device, size)
 
 
 def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:

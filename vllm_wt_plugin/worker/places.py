@@ -95,7 +95,9 @@ class Places:
         """As `sums`; of all tensors where none is named. Raises PlanError for an unknown name."""
         for name in names:
             self.spec(name)
-        return self.sums(names or self.served)
+        if names or self.shadow:  # whose tensors are others after each dense push
+            return self.sums(names or self.served)
+        return self._all.begin()()
 
     def spec(self, name: str) -> ParamSpec:
         """As the engine holds it. Raises PlanError for an unknown name."""
@@ -109,28 +111,21 @@ class Places:
 
     def begin_sums(self, names: Iterable[str]) -> Callable[[], dict[str, list[Part]]]:
         """The same, on a GPU behind what the current stream was given; the result waits for it."""
-        parts = [
-            (name, r)
-            for name in names
-            if name not in self.whole or name in self.shadow
-            for r in (self.rows(name) or [[]])[0]
-        ]
-        on_gpu = [p for p in parts if p[1].dest.is_cuda]
-        found = {id(r): _sum(n, r) for n, r in parts if not r.dest.is_cuda}
-        begun: Callable[[], list[int]] = list
-        if on_gpu:
-            from vllm_wt_plugin.sparse.kernels import CudaSums
+        return self._summed(names).begin()
 
-            begun = CudaSums([(seed(n), r) for n, r in on_gpu]).result
+    @cached_property
+    def _all(self) -> _Summed:
+        return self._summed(self.served)
 
-        def result() -> dict[str, list[Part]]:
-            every = found | {id(r): s for (_, r), s in zip(on_gpu, begun(), strict=True)}
-            out: dict[str, list[Part]] = {}
-            for name, r in parts:
-                out.setdefault(name, []).append((part_key([r]), every[id(r)]))
-            return out
-
-        return result
+    def _summed(self, names: Iterable[str]) -> _Summed:
+        return _Summed(
+            [
+                (name, r)
+                for name in names
+                if name not in self.whole or name in self.shadow
+                for r in (self.rows(name) or [[]])[0]
+            ]
+        )
 
     def held(self, name: str) -> tuple[bool, str]:
         """Whether every element of the tensor is on this rank, and which are ("": none)."""
@@ -196,6 +191,34 @@ def part_key(rows: Iterable[Row]) -> str:
 def _whole_row(t: torch.Tensor) -> Row:
     flat = t.view(-1).view(WORDS[t.element_size()])
     return Row(flat, 0, ((max(t.numel(), 1), 1, 1),))
+
+
+class _Summed:
+    """Parts of tensors whose checksums are taken, as often as wanted."""
+
+    def __init__(self, parts: list[tuple[str, Row]]) -> None:
+        self._names = [(name, part_key([r])) for name, r in parts]
+        self._host = [(i, n, r) for i, (n, r) in enumerate(parts) if not r.dest.is_cuda]
+        self._gpu = [i for i, (_, r) in enumerate(parts) if r.dest.is_cuda]
+        self._begin: Callable[[], Callable[[], list[int]]] = lambda: list
+        if self._gpu:
+            from vllm_wt_plugin.sparse.kernels import CudaSums
+
+            on_gpu = (parts[i] for i in self._gpu)
+            self._begin = CudaSums([(seed(n), r) for n, r in on_gpu]).begin
+
+    def begin(self) -> Callable[[], dict[str, list[Part]]]:
+        found = {i: _sum(n, r) for i, n, r in self._host}
+        begun = self._begin()
+
+        def result() -> dict[str, list[Part]]:
+            every = found | dict(zip(self._gpu, begun(), strict=True))
+            out: dict[str, list[Part]] = {}
+            for i, (name, key) in enumerate(self._names):
+                out.setdefault(name, []).append((key, every[i]))
+            return out
+
+        return result
 
 
 @dataclass(frozen=True, slots=True)
