@@ -90,14 +90,8 @@ class Bench:
             part = cuda_diff.CudaPart(self.pairs)
             part.find(10**10)  # finds how much room it needs
             label = f"tile {tile}"
-            find = gpu_ms(lambda p=part: p._found(p._table, p._room))
-            show(f"find, {label}", find, 2 * self.nbytes + 8 * n)
-            found, starts, counts = part._found(part._table, part._room)
-            ends = counts.cumsum(0, dtype=torch.int64)
-            show(f"prefix sum, {label}", gpu_ms(lambda c=counts: c.cumsum(0, dtype=torch.int64)),
-                 part._grid * 12)  # fmt: skip
-            rest = starts, counts, ends, torch.empty_like(group.indices), group.values.clone()
-            show(f"move, {label}", gpu_ms(lambda p=part, f=found, r=rest: p._move(f, *r)), n * 14)
+            found = gpu_ms(lambda p=part: p._found(p._table))
+            show(f"find and move, {label}", found, 2 * self.nbytes + 22 * n)
         cuda_diff.TILE = 8192
         apart = 32 * min(1.0, 1 / (16 * self.share))  # bytes per element read at its place
         part = cuda_diff.CudaPart(self.pairs)

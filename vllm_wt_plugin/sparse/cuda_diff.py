@@ -23,7 +23,7 @@ from vllm_wt_plugin.sparse.kernels import PATCH, WARPS, WORD_TYPE, Patches, on, 
 from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
 
 TILE = 8192  # elements compared by one program
-MOVED = 512  # places for changed elements that one program moves at a time
+MOVED = 256  # places for changed elements that one program moves at a time
 FIRST = 256  # a first comparison has room for one change in so many elements
 _FLOAT = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
@@ -47,6 +47,30 @@ def _population(x):  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _list(  # type: ignore[no-untyped-def]
+    words, many, to, first, row, indices, news, olds, SRC: tl.constexpr, DST: tl.constexpr,
+    WORD: tl.constexpr,
+):  # fmt: skip
+    """The elements whose bits are set, `many` in each word, from `to` on; the first word's first is
+    element `first`. They are read once more, while they are in the cache."""
+    places = to + tl.cumsum(many, 0) - many
+    kind = indices.dtype.element_ty
+    begin = first.to(kind) + (tl.arange(0, words.shape[0]) * 32).to(kind)
+    new_at = tl.load(row).to(tl.pointer_type(SRC))
+    old_at = tl.load(row + 1).to(tl.pointer_type(WORD))
+    for _ in range(tl.max(many, 0)):
+        here, lowest = words != 0, words & (~words + 1)
+        # The exponent of a power of two as a float is the place of its bit.
+        bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        index = begin + bit.to(kind)
+        tl.store(indices + places, index, mask=here)
+        tl.store(news + places, _new(new_at, index, here, DST, WORD), mask=here)
+        tl.store(olds + places, tl.load(old_at + index, mask=here), mask=here)
+        places += 1
+        words = words ^ lowest
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _find(  # type: ignore[no-untyped-def]
     table, tiles, found, starts, counts, indices, news, olds, room, SRC: tl.constexpr,
     DST: tl.constexpr, WORD: tl.constexpr, WIDER: tl.constexpr, PER: tl.constexpr,
@@ -55,7 +79,7 @@ def _find(  # type: ignore[no-untyped-def]
     """table [n, 3]: addresses of new and old, elements. tiles [m, 3]: tensor, first element, which
     of all tiles it is. `found` counts all changes; those of a tile lie from its `starts` on, in
     order, as far as there is `room`. PER elements are compared as one WIDER, of which ALIGN are 16
-    bytes. A change is read a second time while it is in the cache."""
+    bytes."""
     tile = tiles + tl.program_id(0).to(tl.int64) * 3
     row = table + tl.load(tile) * 3
     first = tl.multiple_of(tl.load(tile + 1), TILE)
@@ -91,36 +115,23 @@ def _find(  # type: ignore[no-untyped-def]
     tl.store(starts + which, to)
     tl.store(counts + which, count)
     if (count > 0) & (to + count <= room):
-        places = to + tl.cumsum(many, 0) - many
-        kind = indices.dtype.element_ty
-        word = first.to(kind) + (tl.arange(0, TILE // 32) * 32).to(kind)
-        new_at = tl.load(row).to(tl.pointer_type(SRC))
-        old_at = tl.load(row + 1).to(tl.pointer_type(WORD))
-        for _ in range(tl.max(many, 0)):
-            here = words != 0
-            lowest = words & (~words + 1)
-            # The exponent of a power of two as a float is the place of its bit.
-            bit = (lowest.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
-            index = word + bit.to(kind)
-            tl.store(indices + places, index, mask=here)
-            tl.store(news + places, _new(new_at, index, here, DST, WORD), mask=here)
-            tl.store(olds + places, tl.load(old_at + index, mask=here), mask=here)
-            places += 1
-            words = words ^ lowest
+        _list(words, many, to, first, row, indices, news, olds, SRC, DST, WORD)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
-    tiles, n, keys, starts, counts, ends, indices, news, olds, to_indices, to_values, moved,
+    tiles, n, keys, starts, counts, ends, indices, news, olds, to_indices, to_values, moved, room,
     SIZE: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """The changes of n tiles, TILES by one program, to before their `ends`; `moved` [n]: what each
-    tile's add to the checksum."""
+    tile's add to the checksum. Where there was too little room it does not matter."""
     tile = tl.program_id(0).to(tl.int64) * TILES + tl.arange(0, TILES)
     count = tl.load(counts + tile, mask=tile < n, other=0)
     key = tl.load(keys + tl.load(tiles + tile * 2, mask=tile < n, other=0)).to(tl.uint32)
     source = tl.load(starts + tile, mask=tile < n, other=0)
-    to = tl.load(ends + tile, mask=tile < n, other=0) - count
+    end = tl.load(ends + tile, mask=tile < n, other=0)
+    to = end - count
+    count = tl.where((source + count <= room) & (end <= room), count, 0)
     added = tl.zeros([TILES, LANES], tl.int64)
     for k in range(0, tl.max(count, 0), LANES):
         at = k + tl.arange(0, LANES)[None, :]
@@ -178,70 +189,65 @@ class CudaPart:
         self._launches = _launches(pairs, direct, self._tiles)
         same = all(n is p.new for n, p in zip(direct, pairs, strict=True))
         self._table = _table(pairs, direct) if same else None
-        self._room = max(sum(sizes) // FIRST, TILE)
+        self._room, self._lanes = max(sum(sizes) // FIRST, TILE), 8
 
     def find(self, capacity: int) -> Diff | None:
         with on(self._device):
             fresh = [] if self._table is not None else [_comparable(p) for p in self._pairs]
             table = _table(self._pairs, fresh) if self._table is None else self._table
-            while True:
-                found, starts, counts = self._found(table, self._room)
-                ends = counts.cumsum(0, dtype=torch.int64)
-                stops = [0, *ends[self._last].tolist()]
-                total = stops[-1]
-                if total > capacity:
-                    return None
-                if total <= self._room:
-                    break
-                self._room = total
-            self._room = total + total // 8 + TILE  # of the next one, if about as much changes
-            each = [b - a for a, b in pairwise(stops)]
-            indices = self._empty(total, self._index)
-            values = self._empty(total, WORDS[self._size])
-            moved = self._move(found, starts, counts, ends, indices, values) if total else []
+            indices, values, ends, moved = self._found(table)
+            while self._room < ends[-1] <= capacity:
+                self._room = ends[-1]
+                indices, values, ends, moved = self._found(table)
+        if (total := ends[-1]) > capacity:
+            return None
+        self._room = total + total // 8 + TILE  # of the next one, if about as much changes
+        self._lanes = min(max(triton.next_power_of_2(total // self._grid) // 4, 8), MOVED)
+        each = [b - a for a, b in pairwise([0, *ends])]
+        sums = [cs.wrap(b - a) for a, b in pairwise([0, *moved])]
         kept = [i for i, n in enumerate(each) if n]
-        if len(kept) == len(each):
-            return Diff(Group(self._specs, tuple(each), indices, values), tuple(moved))
-        specs = tuple(self._specs[i] for i in kept)
-        group = Group(specs, tuple(each[i] for i in kept), indices, values)
-        return Diff(group, tuple(moved[i] for i in kept))
-
-    def _empty(self, n: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(n, dtype=dtype, device=self._device)
+        if len(kept) < len(each):
+            each, sums = [each[i] for i in kept], [sums[i] for i in kept]
+        specs = self._specs if len(kept) == len(self._specs) else [self._specs[i] for i in kept]
+        return Diff(Group(tuple(specs), tuple(each), indices[:total], values[:total]), tuple(sums))
 
     def _found(
-        self, table: torch.Tensor, room: int
-    ) -> tuple[list[torch.Tensor], torch.Tensor, torch.Tensor]:
-        """Indices, new and old values of at most `room` changes, tile by tile; where those of each
-        tile begin, and how many they are."""
+        self, table: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
+        """Indices and new values of all changes, if there is room; after each tensor, how many they
+        are, and by how much the checksums have moved until there."""
         word = WORDS[self._size]
-        found = [self._empty(room, d) for d in (self._index, word, word)]
+        found = [self._empty(self._room, d) for d in (self._index, word, word)]
         starts = self._empty(self._grid, torch.int64)
         counts = self._empty(self._grid, torch.int32)
         total = torch.zeros(1, dtype=torch.int64, device=self._device)
         find: Any = _find
         for x in self._launches:
             find[x.tiles.shape[0],](
-                table, x.tiles, total, starts, counts, *found, room, **x.kind, TILE=TILE,
+                table, x.tiles, total, starts, counts, *found, self._room, **x.kind, TILE=TILE,
                 num_warps=4 if x.kind["PER"] > 1 else 8,
             )  # fmt: skip
-        return found, starts, counts
+        return self._moved(found, starts, counts)
 
-    def _move(
-        self, found: list[torch.Tensor], starts: torch.Tensor, counts: torch.Tensor,
-        ends: torch.Tensor, indices: torch.Tensor, values: torch.Tensor,
-    ) -> list[int]:  # fmt: skip
-        """Into `indices` and `values`, in order; by how much each tensor's checksum moves."""
-        move: Any = _move
-        lanes = min(max(triton.next_power_of_2(indices.numel() // self._grid), 16), 256)
-        at_once = MOVED // lanes
+    def _moved(
+        self, found: list[torch.Tensor], starts: torch.Tensor, counts: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, list[int], list[int]]:
+        indices, values = (torch.empty_like(t) for t in found[:2])
         moved = self._empty(self._grid, torch.int64)
+        ends = counts.cumsum(0, dtype=torch.int64)
+        move: Any = _move
+        at_once = MOVED // self._lanes
         move[triton.cdiv(self._grid, at_once),](
             self._tiles, self._grid, self._keys, starts, counts, ends, *found, indices, values,
-            moved, SIZE=self._size, WIDE=self._index == torch.int64, TILES=at_once, LANES=lanes,
+            moved, self._room, SIZE=self._size, WIDE=self._index == torch.int64, TILES=at_once,
+            LANES=self._lanes, num_warps=2,
         )  # fmt: skip
-        stops = [0, *moved.cumsum(0)[self._last].tolist()]  # overflows, as the checksums do
-        return [cs.wrap(b - a) for a, b in pairwise(stops)]
+        # The sums overflow, as the checksums do.
+        after = torch.stack([ends, moved.cumsum(0)])[:, self._last].tolist()
+        return indices, values, after[0], after[1]
+
+    def _empty(self, n: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(n, dtype=dtype, device=self._device)
 
     def accept(self, group: Group) -> None:
         if not group.indices.numel():

@@ -20,6 +20,7 @@ import triton.language as tl
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.patch import Group, ordered
 from vllm_wt_plugin.sparse.scatter import Layers, Row
+from vllm_wt_plugin.wire.params import ParamSpec
 
 TILE = 8192  # words summed by one program
 PATCH = 1024  # elements of a patch that one program takes
@@ -171,7 +172,8 @@ class CudaTable:
         word: torch.dtype, device: torch.device,
     ) -> None:  # fmt: skip
         self._held = rows  # the memory whose addresses the table has
-        self.ids = {name: i for i, name in enumerate(rows)}
+        self._ids = {name: i for i, name in enumerate(rows)}
+        self._named: tuple[tuple[ParamSpec, ...], list[int]] = (), []
         self.size, self.wide = word.itemsize, index == torch.int64
         every = [r for own in rows.values() for layer in own for r in layer]
         self.dims = max((len(r.dims) for r in every), default=1)
@@ -193,14 +195,19 @@ class CudaTable:
     def scatter(self, group: Group) -> CudaScatter:
         return CudaScatter(self, group)
 
+    def entries(self, specs: tuple[ParamSpec, ...]) -> list[int]:
+        """Of these tensors; a trainer pushes the same ones again and again."""
+        if specs is not self._named[0]:
+            self._named = specs, [self._ids[s.name] for s in specs]
+        return self._named[1]
+
 
 class CudaScatter:
     """`scatter.TorchScatter` in one launch per layer. `undo` is asynchronous."""
 
     def __init__(self, table: CudaTable, group: Group) -> None:
         self._table, self._group = table, group
-        entries = [table.ids[s.name] for s in group.specs]
-        self._patches = Patches(group.counts, entries, group.values.device)
+        self._patches = Patches(group.counts, table.entries(group.specs), group.values.device)
         self._kept = [torch.empty_like(group.values) for _ in table.layers]
         self._swapped = 0  # layers, whose old values are in `_kept`
 

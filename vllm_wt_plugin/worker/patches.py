@@ -172,7 +172,10 @@ class PatchUpdate:
         wrong, parts = list[str](), dict[str, list[Part]]()
         self.wrote = True
         for group, ways in self._scatters:
-            for spec, have in zip(group.specs, ways.swap(), strict=True):
+            sums = ways.swap()
+            if self._places.alone and sums == self._push.sums:
+                continue
+            for spec, have in zip(group.specs, sums, strict=True):
                 if spec.name not in want:
                     continue
                 every, part = self._places.held(spec.name)
@@ -245,8 +248,9 @@ def _group(
     push: PatchPush, specs: tuple[ParamSpec, ...], s: Section, buffer: torch.Tensor
 ) -> Group:
     index = torch.int32 if s.index == 4 else torch.int64
+    every = len(s.members) == len(specs)
     return Group(
-        tuple(specs[i] for i in s.members),
+        specs if every else tuple(specs[i] for i in s.members),
         tuple(push.num_updates_list[i] for i in s.members),
         buffer[s.indices_at : s.indices_at + s.count * s.index].view(index),
         buffer[s.values_at : s.values_at + s.count * s.word].view(WORDS[s.word]),

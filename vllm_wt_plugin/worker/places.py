@@ -53,8 +53,9 @@ class Places:
 
     def scatter(self, group: Group) -> Scatter:
         """Where a group of patches goes; tables are made with the first one of its widths."""
-        for name in self.whole.keys() & {s.name for s in group.specs}:
-            self._shadowed(name)
+        if self.whole:
+            for name in self.whole.keys() & {s.name for s in group.specs}:
+                self._shadowed(name)
         like = group.values.device, group.values.element_size(), group.indices.dtype
         if like not in self._tables:
             numels = {
@@ -126,6 +127,11 @@ class Places:
                 for r in (self.rows(name) or [[]])[0]
             ]
         )
+
+    @cached_property
+    def alone(self) -> bool:
+        """Whether this rank has every element of all tensors that take patches in live memory."""
+        return all(self.held(n)[0] for n in self.served.keys() - self.whole.keys())
 
     def held(self, name: str) -> tuple[bool, str]:
         """Whether every element of the tensor is on this rank, and which are ("": none)."""
