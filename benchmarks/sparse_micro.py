@@ -103,6 +103,7 @@ class Bench:
         ]))  # fmt: skip
         put = gpu_ms(lambda: part.accept(group), before=lambda: part.accept(before))
         show("put", put, n * (6 + 2 * apart))
+        part.accept(before)
         return group
 
     def scatter(self, group: Any) -> None:

@@ -103,8 +103,8 @@ class EngineControl:
         return await self._until_gone(self._push_broadcast(push), push.start.session, gone)
 
     async def _push_broadcast(self, push: msg.BroadcastPush) -> exchange.Outcome:
-        begun = broadcast.begin(push)
-        steps = [await self._at_once_in_turn("weight_broadcast", push, begun)]
+        opening = broadcast.opening(push)
+        steps = [await self._at_once_in_turn("weight_broadcast", push, opening)]
         while steps[-1].session:  # others, who may abort it, have their turn between two looks
             go_on = broadcast.go_on(push)
             steps.append(await self._at_once_in_turn("weight_go_on", push, go_on))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 import time
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -42,7 +43,7 @@ class ActorClient:
         self._actor, self._timeout_s = actor, timeout_s
         self.name = f"actor {actor._actor_id.hex()}"
 
-    def push(self, request: msg.Push) -> Outcome:
+    def push(self, request: msg.Push, sent: Callable[[], object] = lambda: None) -> Outcome:
         return msgspec.convert(self._call(_PUSHES[type(request)], request), Outcome)
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:

@@ -12,6 +12,7 @@ a thread of its own. Whatever fails ends the group on both sides, and the next p
 from __future__ import annotations
 
 import secrets
+import threading
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor, Future, wait
@@ -37,8 +38,8 @@ from vllm_wt_plugin.wire.messages import (
     StartBody,
 )
 from vllm_wt_plugin.wire.nccl import FORMS, checked
-from vllm_wt_plugin.wire.patches import PatchPush
 
+SOON_S = 0.05  # for which a push waits until its requests have left
 _Done = tuple[dict[str, Outcome], dict[str, WeightSyncError]]  # by replica
 
 
@@ -59,6 +60,23 @@ class Sent:
         self._last = now
 
 
+@dataclass
+class _Asked:
+    """Replicas that were asked for an update, and wait for it."""
+
+    update: Update
+    requests: dict[str, BroadcastPush]
+    futures: dict[str, Future[Any]]
+
+    @property
+    def sessions(self) -> dict[str, str]:
+        return {n: r.session for n, r in self.requests.items()}
+
+    def fits(self, source: Listing, version: str, clients: list[Client]) -> bool:
+        u = self.update
+        return u.source is source and u.version == version and u.clients == clients
+
+
 class Broadcaster:
     """The trainer's end. One push at a time, from one thread; `close()` ends the group."""
 
@@ -73,11 +91,38 @@ class Broadcaster:
         self._round = 0
         self._aborts: list[Future[None]] = []
         self._settled_by = 0.0
+        self._asked: _Asked | None = None
+        self._foresees = True
+
+    def begin(self, source: Listing | None, version: str, clients: list[Client]) -> None:
+        """Ask every replica for a push of `source` as it was last time, before the trainer has
+        looked at it: that takes about as long as a request to arrive. `push`, or `call_off`, comes
+        next. Does nothing where they would have to be asked more than once."""
+        meeting, a = self._meeting, self._announcement
+        if source is None or a is None or source.specs != a.specs:
+            return
+        if not (self._foresees and meeting is not None and meeting.of(clients)):
+            return
+        update = self._next(meeting, source, version, list(clients), self._round + 1)
+        if self._is_known(update):
+            self._asked = self._ask(update)
+
+    def call_off(self, reason: str) -> None:
+        """What `begin` asked for does not come. Idempotent."""
+        asked, self._asked = self._asked, None
+        if asked is not None:
+            asked.update.meeting.group.abort(reason)
+            self._abort(asked.update.clients, asked.sessions, reason)
+            wait(asked.futures.values(), GRACE_S)
+            self.close()
 
     def push(self, source: Listing, version: str, clients: list[Client]) -> Sent:
         """To every client, in one broadcast. Raises RequestError for a source that cannot be sent;
         what a replica or the group fails with is in the result."""
         sent, left = Sent(), list(clients)
+        if self._asked is not None and not self._asked.fits(source, version, left):
+            self._foresees = False  # where tensors move once, they move again
+            self.call_off("the trainer's tensors are others than last time")
         try:
             self._announce(source)
             self._round += 1
@@ -115,7 +160,7 @@ class Broadcaster:
                 return
             self._outgoing.make_room(meeting.device)
             sent.lap("meet")
-            update = self._next(meeting, source, version, clients)
+            update = self._next(meeting, source, version, clients, self._round)
             way = self._in_one if self._is_known(update) else self._in_three
             done, errors = way(update, sent)
             again = attempt == 1 and _restarted(errors) and not done
@@ -128,23 +173,23 @@ class Broadcaster:
             meeting.pushes += 1
 
     def _meet(self, device: torch.device, clients: list[Client]) -> Meeting:
-        m, names = self._meeting, [c.name for c in clients]
-        if m is None or list(m.ranks) != names or m.group.aborted:
+        m = self._meeting
+        if m is None or not m.of(clients):
             self.close()
             self._meeting = m = meet(self._pool, clients, self.options, device)
         return m
 
     def _next(
-        self, meeting: Meeting, source: Listing, version: str, clients: list[Client]
+        self, meeting: Meeting, source: Listing, version: str, clients: list[Client], round_: int
     ) -> Update:
         a, verify = self._announcement, self.options.verify
         if a is None:
             raise RuntimeError("_announce() comes first")
         verify = verify or ("sample" if meeting.pushes else "full")
         body = StartBody(
-            owner=self._owner, announced=a.id, group=meeting.id, verify=verify, round=self._round
+            owner=self._owner, announced=a.id, group=meeting.id, verify=verify, round=round_
         )
-        names = checked(a.specs, verify, self._round)
+        names = checked(a.specs, verify, round_)
         forms = {n: self._forms(n, clients) for n in names}
         return Update(meeting, source, version, clients, body, forms)
 
@@ -157,16 +202,26 @@ class Broadcaster:
     def _in_one(self, update: Update, sent: Sent) -> _Done:
         """Every replica begins, receives and commits in one request; no bucket is sent before all
         of them have begun."""
+        asked, self._asked = self._asked, None
         own = self._outgoing.send(update, together=True)
-        requests = {
-            c.name: BroadcastPush(
-                replace(update.body, session=secrets.token_hex(16)), update.version, update.forms
-            )
-            for c in update.clients
-        }
-        found = self._ask(update.meeting, own, requests, update.clients)
+        if asked is None:
+            asked = self._ask(update)
+        found = self._answers(update.meeting, own, asked.futures, asked.sessions, update.clients)
         sent.lap("broadcast")
         return found
+
+    def _ask(self, update: Update) -> _Asked:
+        """Send the requests; returns when they are on their way, or soon."""
+        requests, futures, sent = {}, {}, []
+        for c in update.clients:
+            body = replace(update.body, session=secrets.token_hex(16))
+            requests[c.name] = BroadcastPush(body, update.version, update.forms)
+            sent.append(threading.Event())
+            futures[c.name] = self._pool.submit(c.push, requests[c.name], sent[-1].set)
+        deadline = time.monotonic() + SOON_S
+        for s in sent:
+            s.wait(max(0.0, deadline - time.monotonic()))
+        return _Asked(update, requests, futures)
 
     def _in_three(self, update: Update, sent: Sent) -> _Done:
         """Each step once all replicas have done the one before."""
@@ -226,16 +281,16 @@ class Broadcaster:
         failed_names = [c.name for c in clients if mine is not None or c.name in errors]
         return done.get(OWN, {}), shared(failed_names, errors, mine)
 
-    def _ask(
+    def _answers(
         self,
         meeting: Meeting,
         own: Future[Any],
-        requests: Mapping[str, BroadcastPush | PatchPush],
+        futures: Mapping[str, Future[Any]],
+        sessions: dict[str, str],
         clients: list[Client],
     ) -> _Done:
         """What each replica makes of its request while `own` sends. Where one fails, so do the
         others, unless they have all that was sent."""
-        sessions = {n: r.session for n, r in requests.items()}
 
         def failed() -> bool:
             if own.done() and own.exception() is None:
@@ -244,8 +299,7 @@ class Broadcaster:
             self._abort(clients, sessions, "the transfer failed")
             return True
 
-        futures = {c.name: self._pool.submit(c.push, requests[c.name]) for c in clients}
-        done, errors = gather({OWN: own} | futures, failed)
+        done, errors = gather({OWN: own} | dict(futures), failed)
         mine, _ = errors.pop(OWN, None), done.pop(OWN, None)
         if mine is None and not errors:
             return done, {}
@@ -270,7 +324,9 @@ class Broadcaster:
                 bucket_bytes=self.options.buffer_bytes,
             )  # fmt: skip
             own = send_bytes(meeting, data, request.bucket_bytes, self.options.timeout_s)
-            done, errors = self._ask(meeting, own, {c.name: request for c in clients}, clients)
+            futures = {c.name: self._pool.submit(c.push, request) for c in clients}
+            sessions = dict.fromkeys(futures, request.session)
+            done, errors = self._answers(meeting, own, futures, sessions, clients)
             if attempt == 2 or done or not _restarted(errors):
                 break
         return done, errors
@@ -301,6 +357,7 @@ class Broadcaster:
 
     def close(self) -> None:
         """End the group; the next push makes another. Idempotent."""
+        self.call_off("the trainer ends its group")
         self._settle()
         meeting, self._meeting = self._meeting, None
         if meeting is not None:

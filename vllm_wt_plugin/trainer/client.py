@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
@@ -38,7 +39,8 @@ class Client(Protocol):
 
     name: str
 
-    def push(self, request: msg.Push) -> Outcome: ...
+    def push(self, request: msg.Push, sent: Callable[[], object] = ...) -> Outcome:
+        """`sent` is called when the request is on its way; of a replica in this process never."""
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held: ...
 
@@ -79,9 +81,9 @@ class HTTPClient:
                 )  # fmt: skip
             self._headers["Authorization"] = f"Bearer {token}"
 
-    def push(self, request: msg.Push) -> Outcome:
+    def push(self, request: msg.Push, sent: Callable[[], object] = lambda: None) -> Outcome:
         path = _PUSHES[type(request)]
-        return msgspec.convert(self._call("POST", path, request), Outcome)
+        return msgspec.convert(self._call("POST", path, request, sent), Outcome)
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
         """What each rank's weights add up to; of these tensors, or those of the last update."""
@@ -138,10 +140,12 @@ class HTTPClient:
     def close(self) -> None:
         self._connections.close()
 
-    def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def _call(
+        self, method: str, path: str, body: object = None, sent: Callable[[], object] = lambda: None
+    ) -> dict[str, Any]:
         content = None if body is None else msgspec.json.encode(body)
         headers = self._headers if body is None else self._headers | _JSON
-        return self._read(*self._connections.request(method, path, content, headers), path)
+        return self._read(*self._connections.request(method, path, content, headers, sent), path)
 
     def _read(self, status: int, content: bytes, path: str) -> dict[str, Any]:
         try:
@@ -187,7 +191,7 @@ class LLMClient:
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held:
         return held(self._call(msg.Sums(specs=specs)), specs)
 
-    def push(self, request: msg.Push) -> Outcome:
+    def push(self, request: msg.Push, sent: Callable[[], object] = lambda: None) -> Outcome:
         if isinstance(request, msg.BroadcastPush):
             return self._run(broadcast.push_weights(request))
         if isinstance(request, PatchPush):

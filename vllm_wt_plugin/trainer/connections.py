@@ -10,7 +10,7 @@ import http.client
 import select
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from urllib.parse import urlsplit
 
 from vllm_wt_plugin.errors import RequestError, ServerUnreachable
@@ -44,16 +44,23 @@ class Connections:
         self._idle: deque[tuple[http.client.HTTPConnection, float]] = deque()  # since when
 
     def request(
-        self, method: str, path: str, body: bytes | None, headers: Mapping[str, str]
+        self,
+        method: str,
+        path: str,
+        body: bytes | None,
+        headers: Mapping[str, str],
+        sent: Callable[[], object] = lambda: None,
     ) -> tuple[int, bytes]:
-        """Status and content of the answer. Blocking. Raises ServerUnreachable, which is `heard`
-        if the server got the request and did not answer in time."""
-        connection, sent, whole = self._take(), False, False
+        """Status and content of the answer. Blocking; `sent` is called before the wait for it.
+        Raises ServerUnreachable, which is `heard` if the server got the request and did not answer
+        in time."""
+        connection, heard, whole = self._take(), False, False
         try:
             if connection.sock is None:
                 self._open(connection)
             connection.request(method, self._path + path, body, headers)
-            sent = True
+            heard = True
+            sent()
             response = connection.getresponse()
             status, content = response.status, response.read()
             whole = connection.sock is not None  # else the server closes it
@@ -63,7 +70,7 @@ class Connections:
                 where=self._url,
                 next_step="look at the server's log; raise timeout_s if it is only slow",
             )
-            error.heard = sent
+            error.heard = heard
             raise error from exc
         except (OSError, http.client.HTTPException) as exc:
             raise ServerUnreachable(

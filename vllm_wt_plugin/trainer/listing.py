@@ -44,6 +44,10 @@ class Lister:
         """What was listed last."""
         return None if self._source is None else self._source[0]
 
+    def recall(self, given: object) -> Listing | None:
+        """The last listing of the same source, without a look at it: it may have changed."""
+        return self._last if self.given is given else None
+
     def list(self, given: object) -> Listing:
         """Of anything that `as_source` takes."""
         if self._source is None or self._source[0] is not given:

@@ -46,7 +46,7 @@ class GroupOptions:
     port: int = 0
     timeout_s: float = TIMEOUT_S
     rendezvous_s: float = RENDEZVOUS_S
-    buffer_bytes: int = 256 << 20
+    buffer_bytes: int = 384 << 20
     packed: bool = True
     verify: Verify | None = None
     on_replica_error: Literal["raise", "drop"] = "raise"
@@ -69,6 +69,10 @@ class Meeting:
     device: torch.device  # of the buffers
     group: Group
     pushes: int = 0  # that went well
+
+    def of(self, clients: list[Client]) -> bool:
+        """Whether it is whole, and of these replicas alone."""
+        return list(self.ranks) == [c.name for c in clients] and not self.group.aborted
 
 
 class CouldNotMeet(Exception):

@@ -60,7 +60,7 @@ class WeightSync:
     `target`: a server's URL, a list of URLs, or a `vllm.LLM`. `token` defaults to `WT_TOKEN`.
     `packed` sends through two buffers of `buffer_bytes` instead of the tensors' own memory: for
     sources that gather (default: only those) or whose memory CUDA cannot share.
-    `nccl` always does, with buffers of 256 MiB, unless `packed=False`: each tensor by itself.
+    `nccl` always does, with buffers of 384 MiB, unless `packed=False`: each tensor by itself.
     `verify`, `on_replica_error`, `host`, `port`, `rendezvous_s`, `sender`: of `nccl` alone, see
     `GroupOptions`; `timeout_s` bounds one transfer there, else each wait for an answer.
     `snapshot`: where the copy for sparse pushes is kept, "device" (the tensors' own) or "host".
@@ -160,9 +160,16 @@ class WeightSync:
         self._pushes += 1
         version = str(self._pushes if version is None else version)
         start = time.perf_counter()
-        listing = self._lister.list(source)
-        seconds = {"list": time.perf_counter() - start}
         via = self._broadcaster
+        if via is not None and mode == "dense":
+            via.begin(self._lister.recall(source), version, self._clients)
+        try:
+            listing = self._lister.list(source)
+        except BaseException:
+            if via is not None:
+                via.call_off("the trainer could not list its tensors")
+            raise
+        seconds = {"list": time.perf_counter() - start}
         if via is not None and not via.options.sends:
             walk(listing)
             return PushReport(version=version, tensors=len(listing.specs), bytes=0,

@@ -128,17 +128,19 @@ def receive(
 def push_weights(push: msg.BroadcastPush) -> Steps:
     """A whole dense update that is broadcast."""
     push.check()
-    steps = [(yield from begin(push))]
+    steps = [(yield from opening(push))]
     while steps[-1].session:
         yield Rest()
         steps.append((yield from go_on(push)))
     return in_all(*steps)
 
 
-def begin(push: msg.BroadcastPush) -> Steps:
-    """Open the update of `push`, and begin to receive it."""
+def opening(push: msg.BroadcastPush) -> Steps:
+    """Open the update of `push`, begin to receive it, and go on once."""
     s = push.start
-    return exchange.start(s, Receive(s.session, together=True, forms=push.forms))
+    begun = yield from exchange.start(s, Receive(s.session, together=True, forms=push.forms))
+    yield Rest()
+    return in_all(begun, (yield from go_on(push)))
 
 
 def go_on(push: msg.BroadcastPush) -> Steps:

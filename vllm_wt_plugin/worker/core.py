@@ -53,7 +53,7 @@ def _in_one_call(kind: type[T], steps: Callable[[T], exchange.Steps]) -> Callabl
 METHODS = {
     "weight_push": _in_one_call(msg.PushRequest, exchange.push),
     "weight_patch": _in_one_call(PatchPush, exchange.push),
-    "weight_broadcast": _in_one_call(msg.BroadcastPush, broadcast.begin),
+    "weight_broadcast": _in_one_call(msg.BroadcastPush, broadcast.opening),
     "weight_go_on": _in_one_call(msg.BroadcastPush, broadcast.go_on),
     "weight_start": _in_one_call(msg.StartBody, exchange.start),
     "weight_finish": _in_one_call(msg.FinishBody, exchange.finish),

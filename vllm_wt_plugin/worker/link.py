@@ -23,7 +23,7 @@ from vllm_wt_plugin.wire.messages import Announce, Announcement
 from vllm_wt_plugin.wire.nccl import NcclInit
 from vllm_wt_plugin.wire.params import ParamSpec
 
-WAIT_S = 0.05  # for which one verb keeps the worker: others queue behind it
+WAIT_S = 0.1  # for which one verb keeps the worker: others queue behind it
 
 
 def _no_pynccl() -> Make:
