@@ -43,6 +43,7 @@ class Announced:
         self.registrations = _nearest(new, importer, rank)
         self.specs = new.specs
         self.buckets = buckets_of(new.specs, new.geometry, new.buffer_bytes)
+        self.ends = {p.spec.name: i for i, b in enumerate(self.buckets) for p in b}  # last bucket
         self.memory: list[torch.Tensor] = []
         self.batches: dict[int, Batch] = {}  # by bucket, once built
         try:
@@ -82,6 +83,7 @@ def _nearest(new: Announcement, importer: Importer, rank: int) -> tuple[Registra
 
 
 Summing = Callable[[], dict[str, list[Part]]]
+EARLY = 3  # so many buckets before the last, what has come is summed
 
 
 class PackedUpdate:
@@ -94,7 +96,7 @@ class PackedUpdate:
         self.plan, self.memory = announced.plan, announced.memory
         self.sizes = [size(b) for b in announced.buckets]
         self.told: dict[str, int] = {}  # the trainer's own checksums, where it broadcasts them
-        self.summing: Summing | None = None  # of the checked names, begun behind the last bucket
+        self._begun: list[tuple[tuple[str, ...], Summing]] = []  # sums of the checked names
         self._checked = tuple(checked)
         self._forms: tuple[str, ...] = ()
         self._begin: Callable[[Collection[str]], Summing] | None = None
@@ -111,7 +113,8 @@ class PackedUpdate:
         self, forms: tuple[str, ...], begin: Callable[[Collection[str]], Summing]
     ) -> None:
         """The trainer's, of the checked names in each of these forms, behind the last bucket; our
-        own `begin` when that is written, while the trainer's are on their way."""
+        own `begin` when those are written: of most names while the last buckets are on their way.
+        """
         self._forms, self._begin = forms, begin
         if n := len(self._checked) * len(forms):
             self.sizes.append(n * SUM_BYTES)
@@ -149,9 +152,24 @@ class PackedUpdate:
         if index == len(a.buckets):
             return self._read_sums(a.memory[index % len(a.memory)][: self.sizes[index]])
         self._copy(index)
-        if self._next == len(a.buckets) < len(self.sizes) and self._begin is not None:
-            self.summing = self._begin(self._checked)
+        if self._next in (len(a.buckets) - EARLY, len(a.buckets)):
+            self._sum()
         return None
+
+    def _sum(self) -> None:
+        """Begin the sums of the checked names that have come whole since the last time."""
+        if self._begin is None or len(self.sizes) == len(self._announced.buckets):
+            return
+        before = {n for names, _ in self._begun for n in names}
+        here = (n for n in self._checked if self._announced.ends.get(n, -1) < self._next)
+        names = tuple(n for n in here if n not in before)
+        self._begun.append((names, self._begin(names)))
+
+    @property
+    def summing(self) -> Summing | None:
+        """The sums of the checked names, where they were begun."""
+        begun = [sums for _, sums in self._begun]
+        return (lambda: {n: parts for s in begun for n, parts in s().items()}) if begun else None
 
     def _copy(self, index: int) -> None:
         a = self._announced
