@@ -24,6 +24,7 @@ from vllm_wt_plugin.wire.messages import StartBody
 from vllm_wt_plugin.wire.nccl import buffer_nbytes
 from vllm_wt_plugin.wire.params import ParamSpec
 
+QUEUED = 4  # buckets, after the first
 Sums = dict[str, dict[str, int]]  # of a name, by the dtype that it was summed in
 
 
@@ -77,15 +78,18 @@ class Outgoing:
             fill: Filling | Walk = Walk(source, self._buckets, self._memory, summing.see)
             with nccl.on_side_stream(device, "fill", after), torch.no_grad():
                 try:
-                    with nccl.on_side_stream(device, "sum", after):
-                        summing.begin()
                     if source.tensors is not None:
                         fill = self._planned(source)
                     sender = nccl.Sender(
                         meeting.group, self._memory, len(self._buckets), self._timeout_s,
                         ahead=fill.ahead, barrier=meeting.group.barrier if together else None,
                     )  # fmt: skip
-                    self._fill_all(sender, fill)
+
+                    def sum_() -> None:
+                        with nccl.on_side_stream(device, "sum", after):
+                            summing.begin()
+
+                    self._fill_all(sender, fill, sum_)
                     sums = summing.result()
                     if together and update.forms:
                         sender.put(update.told(sums))
@@ -99,11 +103,16 @@ class Outgoing:
 
         return group.run(send, "broadcast", lambda: meeting.group.abort("the process ends"))
 
-    def _fill_all(self, sender: nccl.Sender, fill: Filling | Walk) -> None:
+    def _fill_all(
+        self, sender: nccl.Sender, fill: Filling | Walk, sum_: Callable[[], None]
+    ) -> None:
+        """`sum_` takes the host some milliseconds: once there are buckets to last for them."""
         for i, bucket in enumerate(self._buckets):
             sender.buffer()
             fill.fill(i)
             sender.send(size(bucket))
+            if i == min(QUEUED, len(self._buckets) - 1):
+                sum_()
         fill.finish()
 
     def _planned(self, source: Listing) -> Filling:
