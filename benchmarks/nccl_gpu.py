@@ -177,7 +177,7 @@ def measure(result: Result, url: str, model: Any, rounds: int, step: Any) -> Non
         ("ours, every checksum compared", {"verify": "full"}),
         ("ours, none compared", {"verify": "off"}),
         ("ours, buffers of 64 MiB", {"buffer_bytes": 64 << 20}),
-        ("ours, buffers of 384 MiB", {"buffer_bytes": 384 << 20}),
+        ("ours, buffers of 256 MiB", {"buffer_bytes": 256 << 20}),
         ("ours, buffers of 1 GiB", {"buffer_bytes": 1 << 30}),
     )
     for row, options in rows:

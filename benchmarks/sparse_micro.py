@@ -21,7 +21,7 @@ import torch
 import triton
 
 from benchmarks.copy_sweep import tensors
-from vllm_wt_plugin.sparse import cuda_diff, kernels
+from vllm_wt_plugin.sparse import cuda_diff, cuda_sums, kernels
 from vllm_wt_plugin.sparse.checksum import seed
 from vllm_wt_plugin.sparse.diff import Pair
 from vllm_wt_plugin.sparse.scatter import Row
@@ -128,8 +128,8 @@ class Bench:
     def sums(self) -> None:
         parts = [(seed(p.spec.name), _row(p.old)) for p in self.pairs]
         for tile, warps in sweep(self.quick, (8192, 16384, 4096), (4, 8, 16)):
-            kernels.TILE, kernels.WARPS["sums"] = tile, warps
-            sums = kernels.CudaSums(parts)
+            cuda_sums.TILE, cuda_sums.WARPS = tile, warps
+            sums = cuda_sums.CudaSums(parts)
             ms = gpu_ms(sums.begin)
             show(f"checksum of everything, tile {tile}, {warps} warps", ms, self.nbytes)
 

@@ -14,7 +14,7 @@ import torch
 
 from vllm_wt_plugin.errors import RequestError
 from vllm_wt_plugin.sparse import checksum as cs
-from vllm_wt_plugin.sparse import cuda_diff, kernels
+from vllm_wt_plugin.sparse import cuda_diff, cuda_sums, kernels
 from vllm_wt_plugin.sparse.diff import Diff, Pair, TorchPart
 from vllm_wt_plugin.sparse.patch import WORDS, Group
 from vllm_wt_plugin.sparse.scatter import Row, TorchTable, layers, row
@@ -198,7 +198,7 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
             assert found is not None
             parts.append((cs.seed(f"w{i}"), found))
             want.append(cs.checksum_region(f"w{i}", dest.cpu(), place))
-    sums = kernels.CudaSums(parts)
+    sums = cuda_sums.CudaSums(parts)
     begun = sums.begin()
     assert sums.begin()() == want
     for _, r in parts:
@@ -209,7 +209,7 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
 
 def main() -> None:
     # The interpreter takes a tile as one step.
-    kernels.TILE = kernels.PATCH = cuda_diff.TILE = 256
+    cuda_sums.TILE = kernels.PATCH = cuda_diff.TILE = 256
     small = (1, 64, 300, 257)
     for dtype in {d.itemsize: d for d in DTYPES}.values():  # the kernels see words of its size
         check_diff(dtype, "cpu", small)

@@ -32,6 +32,7 @@ MAY_IMPORT = {
     "wire/*": {".errors", ".wire", "msgspec"},
     "sparse/cuda_diff.py": {".sparse", "torch", "triton"},
     "sparse/kernels.py": {".sparse", "torch", "triton"},
+    "sparse/cuda_sums.py": {".sparse", "torch", "triton"},
     "sparse/*": {".errors", ".wire", ".sparse", "torch"},
     "transport/*": {".errors", ".wire", ".transport", "torch"},
     "trainer/actors.py": {".errors", ".wire", "msgspec", "ray"},

@@ -8,8 +8,8 @@ whoever holds the element, so shards of any form add up to the whole, and a patc
 Σ (new − old) · mix. Word and factor have 32 bits each: the product of a change and a factor, which
 is odd, is never 0, so a single changed word always shows, whatever bits of it; two changes cancel
 once in about 2^31. (Modulo 2^32 two flipped sign bits would cancel always.) It costs a GPU about
-nine operations a word, less time than reading it. `kernels.py` has the same arithmetic for CUDA;
-here is what it means.
+nine operations a word, less time than reading it. `kernels.py` and `cuda_sums.py` have the same
+arithmetic for CUDA; here is what it means.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def begin_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> Callable[[], li
     on_gpu = [i for i, (_, t, _) in enumerate(runs) if t.is_cuda and t.numel()]
     if not on_gpu:
         return lambda: out
-    from vllm_wt_plugin.sparse.kernels import CudaSums
+    from vllm_wt_plugin.sparse.cuda_sums import CudaSums
     from vllm_wt_plugin.sparse.patch import WORDS
     from vllm_wt_plugin.sparse.scatter import Row
 

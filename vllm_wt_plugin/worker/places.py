@@ -208,7 +208,7 @@ class _Summed:
         self._gpu = [i for i, (_, r) in enumerate(parts) if r.dest.is_cuda]
         self._begin: Callable[[], Callable[[], list[int]]] = lambda: list
         if self._gpu:
-            from vllm_wt_plugin.sparse.kernels import CudaSums
+            from vllm_wt_plugin.sparse.cuda_sums import CudaSums
 
             on_gpu = (parts[i] for i in self._gpu)
             self._begin = CudaSums([(seed(n), r) for n, r in on_gpu]).begin
