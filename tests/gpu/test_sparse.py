@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tests.support import sparse_cases as cases
+from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse import kernels
 from vllm_wt_plugin.sparse.cuda_diff import CudaPart
 from vllm_wt_plugin.sparse.diff import Pair
@@ -37,6 +38,16 @@ def test_scatter_and_undo(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", cases.DTYPES)
 def test_checksums(dtype: torch.dtype) -> None:
     cases.check_sums(dtype, "cuda")
+
+
+@pytest.mark.parametrize("size", [64, 4096])
+def test_checksums_of_views(size: int) -> None:
+    """Made contiguous for the sum alone: their memory must last until it is read."""
+    tensors = [torch.randn(size, size, device="cuda") for _ in range(20)]
+    views = [(f"w{i}", t.t(), 0) for i, t in enumerate(tensors)]
+    want = [cs.checksum(n, t.cpu()) for n, t, _ in views]
+    for _ in range(20):
+        assert cs.checksum_runs(views) == want
 
 
 def test_beyond_two_to_the_31_elements() -> None:

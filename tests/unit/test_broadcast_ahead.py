@@ -7,6 +7,7 @@ replica is left waiting, and what the trainer has is what they serve.
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from tests.support.toy_replica import ToyReplica, weights
 from tests.unit.test_nccl import all_serve, connect, until
 from vllm_wt_plugin.errors import WeightSyncError
+from vllm_wt_plugin.trainer.client import HTTPClient
 from vllm_wt_plugin.trainer.listing import Lister
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="needs Linux")
@@ -104,6 +106,33 @@ def test_a_look_that_fails_leaves_nobody_waiting(
             sync.push(become(tensors, 3), version="never")
         assert all_serve(pair, 2, "first")
         assert not any(r.paused() for r in pair)
+        sync.push(tensors, version="next")
+        assert all_serve(pair, 3, "next")
+
+
+def test_a_request_that_its_abort_overtakes_does_not_begin(
+    pair: list[ToyReplica],
+    looking: list[Callable[[], object]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    push = HTTPClient.push
+
+    def late(self: HTTPClient, request: Any, *more: Any) -> Any:
+        time.sleep(0.5)
+        return push(self, request, *more)
+
+    def fails() -> None:
+        raise RuntimeError("the trainer's tensors are gone")
+
+    tensors = weights(2)
+    with connect(*pair) as sync:
+        sync.push(tensors, version="first")
+        looking.append(fails)
+        with monkeypatch.context() as patched:
+            patched.setattr(HTTPClient, "push", late)
+            with pytest.raises(RuntimeError, match="are gone"):
+                sync.push(become(tensors, 3), version="never")
+        assert all_serve(pair, 2, "first")
         sync.push(tensors, version="next")
         assert all_serve(pair, 3, "next")
 

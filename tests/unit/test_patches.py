@@ -104,6 +104,23 @@ def test_patches_equal_a_fresh_load(ranks: int, shadow: bool) -> None:
     assert pair.changes().changed == 0
 
 
+@pytest.mark.parametrize("same", [False, True])
+@pytest.mark.parametrize("shadow", [False, True])
+def test_patches_after_another_dense_push(shadow: bool, same: bool) -> None:
+    """Whose tensors a shadow then holds, and not those of before."""
+    pair = Pair(1, shadow)
+    for step in (2, 5):
+        changes = pair.change()
+        pair.run(pair.load(changes, str(step - 1), str(step)))
+        pair.assert_serves(pair.tensors, str(step))
+        if not same:
+            pair.change()
+        for again in (step + 1, step + 2):
+            reg = pair.trainer.register()
+            pair.run(msg.PushRequest(reg.id, reg, str(again)))
+        pair.snapshot.retake(pair.lister.list(pair.tensors))
+
+
 def test_no_changes_advance_the_version() -> None:
     pair = Pair()
     pair.run(pair.load(pair.change(share=0.0)))

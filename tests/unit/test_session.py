@@ -455,6 +455,16 @@ def test_abort_of_nothing(worker: Worker) -> None:
     assert worker.ok(msg.Abort(A, "too late")).state == msg.State("IDLE", "v2")
 
 
+def test_an_abort_that_comes_first_holds(worker: Worker) -> None:
+    worker.ok(msg.Abort(A, "off", early=True))
+    assert "aborted before it began" in str(worker.call(worker.begin()).error)
+    assert worker.ok(msg.Status()).state.phase == "IDLE"
+    worker.ok(worker.begin())  # it was told
+    worker.ok(msg.Abort(A, "off", early=True))
+    worker.ok(msg.Abort(A, "off", early=True))  # of one that is over: nothing to keep in mind
+    worker.push(2)
+
+
 def break_copies(worker: Worker, monkeypatch: pytest.MonkeyPatch) -> None:
     """The packed module's hook fails: after the first byte, before the last."""
 

@@ -94,7 +94,8 @@ def begin_runs(runs: Sequence[tuple[str, torch.Tensor, int]]) -> Callable[[], li
         flat = t.detach().contiguous().view(-1).view(WORDS[t.element_size()])
         return seed(name), Row(flat, start, ((len(flat), 1, 1),))
 
-    begun = CudaSums([part(*runs[i]) for i in on_gpu]).begin()
+    parts = [part(*runs[i]) for i in on_gpu]  # some are copies: they live until the launch
+    begun = CudaSums(parts).begin()
 
     def result() -> list[int]:
         for i, s in zip(on_gpu, begun(), strict=True):

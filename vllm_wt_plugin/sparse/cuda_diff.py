@@ -70,7 +70,7 @@ def _list(  # type: ignore[no-untyped-def]
         words = words ^ lowest
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["room"])  # type: ignore[untyped-decorator]
 def _find(  # type: ignore[no-untyped-def]
     table, tiles, found, starts, counts, indices, news, olds, room, SRC: tl.constexpr,
     DST: tl.constexpr, WORD: tl.constexpr, WIDER: tl.constexpr, PER: tl.constexpr,
@@ -118,7 +118,7 @@ def _find(  # type: ignore[no-untyped-def]
         _list(words, many, to, first, row, indices, news, olds, SRC, DST, WORD)
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["room"])  # type: ignore[untyped-decorator]
 def _move(  # type: ignore[no-untyped-def]
     tiles, n, keys, starts, counts, ends, indices, news, olds, to_indices, to_values, moved, room,
     SIZE: tl.constexpr, WIDE: tl.constexpr, TILES: tl.constexpr, LANES: tl.constexpr,
@@ -147,15 +147,19 @@ def _move(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _put(places, patches, n, indices, values, WORD: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+def _put(  # type: ignore[no-untyped-def]
+    places, patches, n, indices, values, HOST: tl.constexpr, WORD: tl.constexpr, TILE: tl.constexpr
+):  # fmt: skip
     """places [n]: addresses of the tensors that take the values. A place is read first, as in
-    `_swap`: what is written to memory that is not in the cache takes up to three times as long."""
+    `_swap`: what is written to memory that is not in the cache takes up to three times as long.
+    Not the host's, which is in no cache of ours."""
     _, which, _, at, mask = span(patches, n, TILE)
     index = tl.load(indices + at, mask=mask, other=0)
     new = tl.load(values + at, mask=mask, other=0)
     place = tl.load(places + which).to(tl.pointer_type(WORD))
-    old = tl.load(place + index, mask=mask, other=0)
-    tl.store(place + index, new, mask=mask & (new != old))
+    if not HOST:
+        mask = mask & (new != tl.load(place + index, mask=mask, other=0))
+    tl.store(place + index, new, mask=mask)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,16 +193,22 @@ class CudaPart:
         self._launches = _launches(pairs, direct, self._tiles)
         same = all(n is p.new for n, p in zip(direct, pairs, strict=True))
         self._table = _table(pairs, direct) if same else None
-        self._room, self._lanes = max(sum(sizes) // FIRST, TILE), 8
+        self._room = self._first = max(sum(sizes) // FIRST, TILE)
+        self._lanes = 8
 
     def find(self, capacity: int) -> Diff | None:
         with on(self._device):
             fresh = [] if self._table is not None else [_comparable(p) for p in self._pairs]
             table = _table(self._pairs, fresh) if self._table is None else self._table
-            indices, values, ends, moved = self._found(table)
-            while self._room < ends[-1] <= capacity:
-                self._room = ends[-1]
+            try:
                 indices, values, ends, moved = self._found(table)
+                while self._room < ends[-1] <= capacity:
+                    del indices, values
+                    self._room = ends[-1]
+                    indices, values, ends, moved = self._found(table)
+            except torch.cuda.OutOfMemoryError:
+                self._room = self._first
+                return None
         if (total := ends[-1]) > capacity:
             return None
         self._room = total + total // 8 + TILE  # of the next one, if about as much changes
@@ -257,7 +267,8 @@ class CudaPart:
             patches = Patches(group.counts, [self._row[s.name] for s in group.specs], self._device)
             put[patches.grid,](
                 self._olds, patches.rows, patches.n, group.indices, group.values,
-                WORD=WORD_TYPE[self._size], TILE=PATCH, num_warps=WARPS["swap"],
+                HOST=not self._pairs[0].old.is_cuda, WORD=WORD_TYPE[self._size], TILE=PATCH,
+                num_warps=WARPS["swap"],
             )  # fmt: skip
 
 

@@ -38,7 +38,8 @@ class Part(Protocol):
     """Pairs of one device, word and index width."""
 
     def find(self, capacity: int) -> Diff | None:
-        """The changes, tensors without any left out; None if there are more than `capacity`."""
+        """The changes, tensors without any left out; None if there are more than `capacity`, or
+        than there is memory for."""
 
     def accept(self, group: Group) -> None:
         """Write the changed values of a find, or some of its tensors, into the old copies."""
@@ -47,8 +48,8 @@ class Part(Protocol):
 class Comparison:
     """Pairs that are compared again and again: what stays the same is prepared once.
 
-    Temporary memory: that of the changes, on CUDA a bit per element, plus one tensor where it
-    must be rounded or made contiguous first.
+    Temporary memory: that of the changes, on CUDA 2.5 times that, plus the tensors that must be
+    cast or made contiguous first.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
@@ -65,7 +66,8 @@ class Comparison:
         }
 
     def changes(self, capacity: int) -> list[Diff] | None:
-        """What differs now; None if more than `capacity` elements do. Blocking."""
+        """What differs now; None if more than `capacity` elements do, or too many for the memory.
+        Blocking."""
         out: list[Diff] = []
         for part in self._parts:
             found = part.find(capacity)
@@ -135,7 +137,7 @@ def _differing(new: torch.Tensor, old: torch.Tensor, most: int) -> torch.Tensor 
     Eight bytes at a time first: hardly any do."""
     per = 8 // new.element_size()
     n = new.numel() // per * per
-    if per > 1 and not (new.storage_offset() % per or old.storage_offset() % per):
+    if n and per > 1 and not (new.storage_offset() % per or old.storage_offset() % per):
         wide = (new[:n].view(torch.int64) != old[:n].view(torch.int64)).nonzero().squeeze(1)
         if wide.numel() > most:
             return None

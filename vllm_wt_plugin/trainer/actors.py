@@ -39,6 +39,8 @@ class ActorClient:
     that holds an `LLM` must not generate meanwhile. Blocking; `timeout_s` bounds each answer.
     """
 
+    aside = False  # one that holds an `LLM` does one thing at a time
+
     def __init__(self, actor: Any, *, timeout_s: float) -> None:
         self._actor, self._timeout_s = actor, timeout_s
         self.name = f"actor {actor._actor_id.hex()}"

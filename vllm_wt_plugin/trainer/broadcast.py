@@ -62,19 +62,23 @@ class Sent:
 
 @dataclass
 class _Asked:
-    """Replicas that were asked for an update, and wait for it."""
+    """Replicas that were asked for an update, by name: their sessions, and what they answer."""
 
     update: Update
-    requests: dict[str, BroadcastPush]
-    futures: dict[str, Future[Any]]
-
-    @property
-    def sessions(self) -> dict[str, str]:
-        return {n: r.session for n, r in self.requests.items()}
+    sessions: dict[str, str] = field(default_factory=dict)
+    sent: dict[str, threading.Event] = field(default_factory=dict)
+    futures: dict[str, Future[Any]] = field(default_factory=dict)
 
     def fits(self, source: Listing, version: str, clients: list[Client]) -> bool:
         u = self.update
         return u.source is source and u.version == version and u.clients == clients
+
+    def on_its_way(self) -> None:
+        """Wait until every request is, or for a moment: what comes next leaves Python no pause to
+        send one in."""
+        deadline = time.monotonic() + SOON_S
+        for sent in self.sent.values():
+            sent.wait(max(0.0, deadline - time.monotonic()))
 
 
 class Broadcaster:
@@ -104,17 +108,20 @@ class Broadcaster:
         if not (self._foresees and meeting is not None and meeting.of(clients)):
             return
         update = self._next(meeting, source, version, list(clients), self._round + 1)
-        if self._is_known(update):
-            self._asked = self._ask(update)
+        if self._is_known(update) and all(c.aside for c in clients):
+            self._asked = _Asked(update)
+            self._ask(self._asked)
+            self._asked.on_its_way()
 
     def call_off(self, reason: str) -> None:
         """What `begin` asked for does not come. Idempotent."""
         asked, self._asked = self._asked, None
-        if asked is not None:
-            asked.update.meeting.group.abort(reason)
-            self._abort(asked.update.clients, asked.sessions, reason)
-            wait(asked.futures.values(), GRACE_S)
-            self.close()
+        if asked is None:
+            return
+        asked.update.meeting.group.abort(reason)
+        self._abort(asked.update.clients, asked.sessions, reason)
+        wait(asked.futures.values(), GRACE_S)
+        self.close()
 
     def push(self, source: Listing, version: str, clients: list[Client]) -> Sent:
         """To every client, in one broadcast. Raises RequestError for a source that cannot be sent;
@@ -202,26 +209,25 @@ class Broadcaster:
     def _in_one(self, update: Update, sent: Sent) -> _Done:
         """Every replica begins, receives and commits in one request; no bucket is sent before all
         of them have begun."""
-        asked, self._asked = self._asked, None
         own = self._outgoing.send(update, together=True)
+        asked, self._asked = self._asked, None
         if asked is None:
-            asked = self._ask(update)
+            asked = self._ask(_Asked(update))
         found = self._answers(update.meeting, own, asked.futures, asked.sessions, update.clients)
         sent.lap("broadcast")
         return found
 
-    def _ask(self, update: Update) -> _Asked:
-        """Send the requests; returns when they are on their way, or soon."""
-        requests, futures, sent = {}, {}, []
-        for c in update.clients:
-            body = replace(update.body, session=secrets.token_hex(16))
-            requests[c.name] = BroadcastPush(body, update.version, update.forms)
-            sent.append(threading.Event())
-            futures[c.name] = self._pool.submit(c.push, requests[c.name], sent[-1].set)
-        deadline = time.monotonic() + SOON_S
-        for s in sent:
-            s.wait(max(0.0, deadline - time.monotonic()))
-        return _Asked(update, requests, futures)
+    def _ask(self, asked: _Asked) -> _Asked:
+        """Send the requests; does not wait."""
+        u = asked.update
+        for c in u.clients:
+            body = replace(u.body, session=secrets.token_hex(16))
+            asked.sessions[c.name] = body.session
+            sent = asked.sent[c.name] = threading.Event()
+            request = BroadcastPush(body, u.version, u.forms)
+            future = asked.futures[c.name] = self._pool.submit(c.push, request, sent.set)
+            future.add_done_callback(lambda _, sent=sent: sent.set())  # type: ignore[misc]
+        return asked
 
     def _in_three(self, update: Update, sent: Sent) -> _Done:
         """Each step once all replicas have done the one before."""

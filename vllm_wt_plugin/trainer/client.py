@@ -35,12 +35,16 @@ _JSON = {"Content-Type": "application/json"}
 
 
 class Client(Protocol):
-    """One replica. Blocking; raises WeightSyncError with the replica's own words."""
+    """One replica. Blocking; raises WeightSyncError with the replica's own words.
+
+    `aside`: it takes an abort while it does something else.
+    """
 
     name: str
+    aside: bool
 
     def push(self, request: msg.Push, sent: Callable[[], object] = ...) -> Outcome:
-        """`sent` is called when the request is on its way; of a replica in this process never."""
+        """`sent` is called when the request is on its way, if the replica takes others `aside`."""
 
     def checksums(self, specs: tuple[ParamSpec, ...] = ()) -> Held: ...
 
@@ -68,6 +72,8 @@ class HTTPClient:
 
     `timeout_s` bounds each wait on the socket; `token` goes out as a bearer token and into no log.
     """
+
+    aside = True
 
     def __init__(self, url: str, *, token: str | None = None, timeout_s: float = 300.0) -> None:
         self.name = url.rstrip("/")
@@ -173,6 +179,8 @@ class HTTPClient:
 
 class LLMClient:
     """An offline `vllm.LLM`, driven by its `collective_rpc`. Not while it generates."""
+
+    aside = False
 
     def __init__(self, llm: Any) -> None:
         self.name = "LLM"

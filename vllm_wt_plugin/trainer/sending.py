@@ -111,8 +111,10 @@ class Outgoing:
             sender.buffer()
             fill.fill(i)
             sender.send(size(bucket))
-            if i == min(QUEUED, len(self._buckets) - 1):
+            if i == QUEUED:
                 sum_()
+        if len(self._buckets) <= QUEUED:
+            sum_()
         fill.finish()
 
     def _planned(self, source: Listing) -> Filling:

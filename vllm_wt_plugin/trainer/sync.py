@@ -39,7 +39,7 @@ from vllm_wt_plugin.wire.messages import PlanReport, PushRequest
 from vllm_wt_plugin.wire.nccl import RENDEZVOUS_S, Verify
 from vllm_wt_plugin.wire.replies import Held
 
-AT_ONCE = 64  # replicas that are pushed to at a time
+AT_ONCE = 1024  # requests: a broadcast waits for all replicas, and an abort must not
 
 # What a dense push says: tensors and bytes, what became of each replica, seconds by phase.
 _Dense = tuple[int, int, list[ReplicaOutcome], dict[str, float]]
@@ -161,9 +161,9 @@ class WeightSync:
         version = str(self._pushes if version is None else version)
         start = time.perf_counter()
         via = self._broadcaster
-        if via is not None and mode == "dense":
-            via.begin(self._lister.recall(source), version, self._clients)
         try:
+            if via is not None and mode == "dense":
+                via.begin(self._lister.recall(source), version, self._clients)
             listing = self._lister.list(source)
         except BaseException:
             if via is not None:

@@ -318,11 +318,12 @@ def notify(body: msg.StartBody, version: str) -> Steps:
 
 
 def abort(body: msg.AbortBody) -> Steps:
-    """End the named update, or whatever is open: to IDLE where nothing was written, else DIRTY."""
+    """End the named update, or whatever is open: to IDLE where nothing was written, else DIRTY.
+    One that has not begun yet will not."""
     open_ = yield Call((msg.Status(),))
-    replies = yield from _undo(
-        body.session, TransferError(body.reason), [], resume=open_[0].state.resume_after
-    )
+    resume = open_[0].state.resume_after
+    why = TransferError(body.reason)
+    replies = yield from _undo(body.session, why, [], resume=resume, early=True)
     session = open_[0].state.session
     return Outcome(replies[0].state.version, slowest(replies), None, session)
 
@@ -347,9 +348,9 @@ def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) ->
 
 
 def _undo(
-    session: str, exc: Exception, done: list[Reply], *, resume: bool
+    session: str, exc: Exception, done: list[Reply], *, resume: bool, early: bool = False
 ) -> Generator[Action, Any, list[Reply]]:
-    replies: list[Reply] = yield Call((msg.Abort(session, str(exc)),))
+    replies: list[Reply] = yield Call((msg.Abort(session, str(exc), early),))
     ended = [*done, *replies]
     resume = resume or any(r.info.get("resume") for r in done)
     torn = any(r.error is None for r in done) and any(r.error for r in done)

@@ -231,11 +231,10 @@ class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):
 
 
 class Sums(_Verb, frozen=True, tag="sums"):
-    """Checksums of everything this rank holds of a plan's names (of `specs`, else of the last
-    update), and the plan's report; reads only."""
+    """Checksums of what this rank holds of a plan's names, and the plan's report; reads only."""
 
     names: list[str] = []  # empty: all
-    specs: tuple[ParamSpec, ...] = ()
+    specs: tuple[ParamSpec, ...] = ()  # empty: those of the last update
 
 
 class Announce(_Verb, frozen=True, tag="announce"):
@@ -294,6 +293,7 @@ class Commit(_Verb, frozen=True, tag="commit"):
 class Abort(_Verb, frozen=True, tag="abort"):
     session: Session
     reason: str
+    early: bool = False  # it may come before the update: that shall not begin then
 
 
 class EndTurn(_Verb, frozen=True, tag="end_turn"):

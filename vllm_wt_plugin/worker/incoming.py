@@ -135,6 +135,8 @@ class Incoming:
                 open_.wrote |= coming.writes
                 coming.receive()
                 self._link.release()
+                if isinstance(coming, PackedUpdate):
+                    coming.sum()
         here = False
         if coming.complete:
             with out.timed("wait"):

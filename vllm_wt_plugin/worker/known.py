@@ -252,6 +252,7 @@ class Known:
             self.shadow.clear()
             self.shadow |= {n: tensors[n].to("cpu", copy=True).contiguous()
                             for n in plan.report.whole if n in tensors}  # fmt: skip
+            self._last_places = self._patched = None  # they know where the old copy lies
 
     def registered(self, verb: msg.Prepare, timed: Timed) -> tuple[Registered, bool]:
         """What `verb` names, and whether it is new. Raises UnknownRegistration, HandleError."""

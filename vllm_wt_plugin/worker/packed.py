@@ -152,13 +152,13 @@ class PackedUpdate:
         if index == len(a.buckets):
             return self._read_sums(a.memory[index % len(a.memory)][: self.sizes[index]])
         self._copy(index)
-        if self._next in (len(a.buckets) - EARLY, len(a.buckets)):
-            self._sum()
         return None
 
-    def _sum(self) -> None:
-        """Begin the sums of the checked names that have come whole since the last time."""
-        if self._begin is None or len(self.sizes) == len(self._announced.buckets):
+    def sum(self) -> None:
+        """After a bucket is copied and its buffer free: begin, near the end and there, the sums of
+        the checked names that have come whole since the last time."""
+        n = len(self._announced.buckets)
+        if self._begin is None or self._next not in (n - EARLY, n) or len(self.sizes) == n:
             return
         before = {n for names, _ in self._begun for n in names}
         here = (n for n in self._checked if self._announced.ends.get(n, -1) < self._next)

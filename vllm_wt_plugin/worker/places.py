@@ -130,8 +130,9 @@ class Places:
 
     @cached_property
     def alone(self) -> bool:
-        """Whether this rank has every element of all tensors that take patches in live memory."""
-        return all(self.held(n)[0] for n in self.served.keys() - self.whole.keys())
+        """Whether this rank has all or nothing of every tensor that takes patches."""
+        held = map(self.held, self.served.keys() - self.whole.keys())
+        return all(every or not part for every, part in held)
 
     def held(self, name: str) -> tuple[bool, str]:
         """Whether every element of the tensor is on this rank, and which are ("": none)."""

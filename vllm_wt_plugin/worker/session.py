@@ -11,6 +11,7 @@ all later replies.
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
@@ -73,6 +74,7 @@ class WorkerSession:
         self.open: Open | None = None
         self.turn = Turn(shared=shared)
         self.last: Committed | None = None  # patches that another rank's failure may take back
+        self._called_off: deque[str] = deque(maxlen=64)  # sessions whose abort came first
         self.ended = ("", "")  # the last update's session, and `commit`, `abort` or `lease`
 
     # ---- the one entry ----------------------------------------------------------------
@@ -170,12 +172,17 @@ class WorkerSession:
             self.abort(verb.reason)
         elif self.last is not None and verb.session == self.last.session:
             self._take_back()
+        elif verb.early and verb.session and verb.session != self.ended[0]:
+            self._called_off.append(verb.session)
         out.info |= {"undone": self.ended == (verb.session, "abort") and not self.dirty}
 
     # ---- transitions ------------------------------------------------------------------
 
     def begin(self, verb: msg.Begin) -> None:
         self._awake()
+        if verb.session in self._called_off:
+            self._called_off.remove(verb.session)
+            raise TransferError("the update was aborted before it began", next_step="push again")
         self._no_update("a second update")
         self.last = None
         self.open = Open(
