@@ -99,11 +99,11 @@ def test_killed_before_the_first_byte(server: Server) -> None:
 
 
 def test_killed_in_the_middle(server: Server, twin: Server) -> None:
+    said = "the weights are DIRTY: update of the killed trainer failed"
+    before = server.text().count(said)
     with TrainerProcess(server.url, 2, f"start:{LEASE_S}", f"part:0:{HALF}") as victim:
         assert server.status()["state"] == "UPDATING"
         victim.kill()
-    said = "the weights are DIRTY: update of the killed trainer failed"
-    before = server.text().count(said)
     # The server finds out by itself: nobody asks it anything meanwhile.
     assert until(lambda: server.text().count(said) > before, LEASE_S + SLACK_S)
     assert_dirty(server, "the killed trainer", "lease", "expired")
