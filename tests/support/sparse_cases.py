@@ -68,8 +68,20 @@ def check_diff(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
         same(ours.find(count), want)
         if count:
             assert ours.find(count - 1) is None
+        check_without_memory(ours)
         ours.accept(want.group)
         assert equal([p.old for p in rows], [p.new for p in rows])
+
+
+def check_without_memory(part: cuda_diff.CudaPart) -> None:
+    """Then everything is sent instead."""
+
+    def full(*_: object) -> torch.Tensor:
+        raise torch.cuda.OutOfMemoryError
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(part, "_empty", full)
+        assert part.find(10**9) is None
 
 
 def check_rounding_diff(

@@ -216,14 +216,9 @@ class CudaScatter:
         with on(g.values.device):
             bad = torch.zeros(1, dtype=torch.int64, device=g.values.device)
             check[p.grid,](
-                self._table.layers[0].entries,
-                p.rows,
-                p.n,
-                g.indices,
-                bad,
-                TILE=PATCH,
+                self._table.layers[0].entries, p.rows, p.n, g.indices, bad, TILE=PATCH,
                 num_warps=WARPS["check"],
-            )
+            )  # fmt: skip
             if bad.item():
                 self._group = ordered(g)
 

@@ -2,8 +2,8 @@
 
     meet (once) → start on every replica → broadcast ∥ receive on every replica → finish on each
 
-Replicas that know the tensors already are asked once for all three; the trainer's checksums then
-come behind the last bucket.
+Replicas that know the tensors already are asked once for all three, before the trainer has looked
+whether they are the same; the trainer's checksums then come behind the last bucket.
 
 HTTP, which can fail, is waited for by the thread that pushes; the collective, which can hang, has
 a thread of its own. Whatever fails ends the group on both sides, and the next push meets anew.
@@ -14,7 +14,6 @@ from __future__ import annotations
 import secrets
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import Executor, Future, wait
 from dataclasses import dataclass, field
 from typing import Any
@@ -291,7 +290,7 @@ class Broadcaster:
         self,
         meeting: Meeting,
         own: Future[Any],
-        futures: Mapping[str, Future[Any]],
+        futures: dict[str, Future[Any]],
         sessions: dict[str, str],
         clients: list[Client],
     ) -> _Done:
@@ -305,7 +304,7 @@ class Broadcaster:
             self._abort(clients, sessions, "the transfer failed")
             return True
 
-        done, errors = gather({OWN: own} | dict(futures), failed)
+        done, errors = gather({OWN: own} | futures, failed)
         mine, _ = errors.pop(OWN, None), done.pop(OWN, None)
         if mine is None and not errors:
             return done, {}

@@ -96,7 +96,7 @@ class PackedUpdate:
         self.plan, self.memory = announced.plan, announced.memory
         self.sizes = [size(b) for b in announced.buckets]
         self.told: dict[str, int] = {}  # the trainer's own checksums, where it broadcasts them
-        self._begun: list[tuple[tuple[str, ...], Summing]] = []  # sums of the checked names
+        self._begun: list[Summing] = []  # sums of the checked names
         self._checked = tuple(checked)
         self._forms: tuple[str, ...] = ()
         self._begin: Callable[[Collection[str]], Summing] | None = None
@@ -160,15 +160,15 @@ class PackedUpdate:
         n = len(self._announced.buckets)
         if self._begin is None or self._next not in (n - EARLY, n) or len(self.sizes) == n:
             return
-        before = {n for names, _ in self._begun for n in names}
-        here = (n for n in self._checked if self._announced.ends.get(n, -1) < self._next)
-        names = tuple(n for n in here if n not in before)
-        self._begun.append((names, self._begin(names)))
+        since = n - EARLY if self._next == n > EARLY else -1
+        ends = self._announced.ends
+        names = [name for name in self._checked if since <= ends.get(name, -1) < self._next]
+        self._begun.append(self._begin(names))
 
     @property
     def summing(self) -> Summing | None:
         """The sums of the checked names, where they were begun."""
-        begun = [sums for _, sums in self._begun]
+        begun = self._begun
         return (lambda: {n: parts for s in begun for n, parts in s().items()}) if begun else None
 
     def _copy(self, index: int) -> None:

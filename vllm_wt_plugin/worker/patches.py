@@ -108,6 +108,7 @@ class PatchUpdate:
         self, host: Host, patched: Patched, push: PatchPush, memory: dict[str, torch.Tensor]
     ) -> None:
         self._host, self._places, self._push = host, patched.places, push
+        self._alone = patched.places.alone  # found here, not in the pause
         specs, places = patched.specs, patched.places
         groups, self._sent = (_in_tensors if push.form == "tensors" else _in_buffer)(
             push, patched, memory
@@ -173,7 +174,7 @@ class PatchUpdate:
         self.wrote = True
         for group, ways in self._scatters:
             sums = ways.swap()
-            if self._places.alone and sums == self._push.sums:
+            if self._alone and sums == self._push.sums:
                 continue
             for spec, have in zip(group.specs, sums, strict=True):
                 if spec.name not in want:

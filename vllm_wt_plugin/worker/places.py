@@ -119,14 +119,13 @@ class Places:
         return self._summed(self.served)
 
     def _summed(self, names: Iterable[str]) -> _Summed:
-        return _Summed(
-            [
-                (name, r)
-                for name in names
-                if name not in self.whole or name in self.shadow
-                for r in (self.rows(name) or [[]])[0]
-            ]
-        )
+        parts = [
+            (name, r)
+            for name in names
+            if name not in self.whole or name in self.shadow
+            for r in (self.rows(name) or [[]])[0]
+        ]
+        return _Summed(parts)
 
     @cached_property
     def alone(self) -> bool:
