@@ -186,7 +186,9 @@ def profiled(label: str, call: Callable[[], object]) -> None:
 
 def _diff(found: list[Any], snapshot: Snapshot, lister: Lister, model: Any) -> None:
     found.clear()  # the last one's memory is free for this one
-    found.append(snapshot.changes(lister.list(model), 0.5))
+    last = lister.recall(model)
+    begun = None if last is None else snapshot.begin(last)  # as a push does
+    found.append(snapshot.changes(lister.list(model), 0.5, begun))
 
 
 def theirs(result: Result, label: str, model: Any, changes: Changes, rounds: int) -> None:

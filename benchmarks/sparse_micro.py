@@ -83,19 +83,19 @@ class Bench:
     def diff(self) -> Any:
         """Reads both copies; then only what has changed."""
         part: Any = cuda_diff.CudaPart(self.pairs)
-        group = part.find(10**10).group
+        group = part.begin()(10**10).group
         n = group.indices.numel()
         for tile in (8192,) if self.quick else (8192, 4096, 16384):
             cuda_diff.TILE = tile
             part = cuda_diff.CudaPart(self.pairs)
-            part.find(10**10)  # finds how much room it needs
+            part.begin()(10**10)  # finds how much room it needs
             label = f"tile {tile}"
-            found = gpu_ms(lambda p=part: p._found(p._table))
-            show(f"find and move, {label}", found, 2 * self.nbytes + 22 * n)
+            found = gpu_ms(lambda p=part: p._found([], p._room))
+            show(f"find and move, {label}", found, 2 * self.nbytes + 18 * n)
         cuda_diff.TILE = 8192
         apart = 32 * min(1.0, 1 / (16 * self.share))  # bytes per element read at its place
         part = cuda_diff.CudaPart(self.pairs)
-        returned, done = host_ms(lambda: part.find(10**10))
+        returned, done = host_ms(lambda: part.begin()(10**10))
         print(f"find: {returned:.3f} ms to return, {done:.3f} to the end")
         before = replace(group, values=torch.cat([
             p.old.view(torch.int16).view(-1)[i.long()]
@@ -112,7 +112,7 @@ class Bench:
         rows = {p.spec.name: [[_row(p.old)]] for p in self.pairs}
         numels = {p.spec.name: p.spec.numel for p in self.pairs}
         table = kernels.CudaTable(rows, numels, torch.int32, torch.int16, torch.device("cuda:0"))
-        for tile, warps in sweep(self.quick, (1024, 512, 256), (8, 4, 2)):
+        for tile, warps in sweep(self.quick, (1024, 512, 256), (16, 8, 4)):
             kernels.PATCH, kernels.WARPS["swap"] = tile, warps
             ways: Any = table.scatter(group)
             label = f"tile {tile}, {warps} warps"

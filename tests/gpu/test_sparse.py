@@ -56,7 +56,7 @@ def test_beyond_two_to_the_31_elements() -> None:
     new = old.clone()
     at = torch.tensor([0, 5, 2**31 - 1, 2**31, n - 1], device="cuda")
     new[at] = torch.arange(1, 6, dtype=torch.int8, device="cuda")
-    found = CudaPart([Pair(ParamSpec("big", "int8", (n,)), new, old)]).find(1000)
+    found = CudaPart([Pair(ParamSpec("big", "int8", (n,)), new, old)]).begin()(1000)
     assert found is not None
     assert found.group.indices.dtype == torch.int64
     assert found.group.indices.tolist() == at.tolist()

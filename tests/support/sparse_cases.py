@@ -60,15 +60,22 @@ def same(a: Diff | None, b: Diff | None) -> None:
 def check_diff(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
     for share in (0.0, 0.01, 0.3, 1.0):
         rows = pairs(dtype, device, share, sizes)
-        want = TorchPart(rows).find(10**9)
+        want = TorchPart(rows).begin()(10**9)
         ours = cuda_diff.CudaPart(rows)
-        same(ours.find(10**9), want)
+        same(ours.begin()(10**9), want)
         assert want is not None
         count = want.group.indices.numel()
-        same(ours.find(count), want)
+        same(ours.begin()(count), want)
         if count:
-            assert ours.find(count - 1) is None
+            assert ours.begin()(count - 1) is None
         check_without_memory(ours)
+        same(ours.begin()(10**9), want)  # the next one has enough room at once
+        begun, news = ours.begin(), [p.new.clone() for p in rows]
+        for p in rows:
+            p.new.zero_()  # after it was compared
+        same(begun(10**9), want)
+        for p, new in zip(rows, news, strict=True):
+            p.new.copy_(new)
         ours.accept(want.group)
         assert equal([p.old for p in rows], [p.new for p in rows])
 
@@ -81,7 +88,7 @@ def check_without_memory(part: cuda_diff.CudaPart) -> None:
 
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(part, "_empty", full)
-        assert part.find(10**9) is None
+        assert part.begin()(10**9) is None
 
 
 def check_rounding_diff(
@@ -95,14 +102,14 @@ def check_rounding_diff(
         old[:: max(n // 3, 1)] += 1
         rows.append(Pair(ParamSpec(f"w{i}", str(to)[6:], (n,)), new, old))
     rows.append(Pair(ParamSpec("same", str(to)[6:], (7,)), old[:7].clone(), old[:7].clone()))
-    same(cuda_diff.CudaPart(rows).find(10**9), TorchPart(rows).find(10**9))
+    same(cuda_diff.CudaPart(rows).begin()(10**9), TorchPart(rows).begin()(10**9))
 
 
 def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) -> None:
     """Whole, rows, columns transposed, in two segments, mirrored, not here at all."""
-    found = TorchPart(pairs(dtype, device, 0.3, sizes)).find(10**9)
+    found = TorchPart(pairs(dtype, device, 0.3, sizes)).begin()(10**9)
     assert found is not None
-    for wide in (False, True):
+    for wide, few in ((False, False), (True, False), (False, True)):
         g = found.group
         if wide:
             g = Group(g.specs, g.counts, g.indices.long(), g.values)
@@ -114,6 +121,8 @@ def check_scatter(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES)
         numels = {s.name: s.numel for s in g.specs}
         before = [x.clone() for x in lives]
         way = kernels.CudaTable(rows, numels, g.indices.dtype, g.values.dtype, g.values.device)
+        if few:  # which share the work, as where little has changed
+            way.processors, way.apart = 2, 1.0
         reference, ours = TorchTable(rows).scatter(g), way.scatter(g)
         mixed = way.scatter(shuffled(g))
         for ways in (reference, ours, mixed):
@@ -222,6 +231,7 @@ def check_sums(dtype: torch.dtype, device: str, sizes: Sequence[int] = SIZES) ->
 def main() -> None:
     # The interpreter takes a tile as one step.
     cuda_sums.TILE = kernels.PATCH = cuda_diff.TILE = 256
+    cuda_diff.TAKEN, cuda_diff.MOVED = 64, 16
     small = (1, 64, 300, 257)
     for dtype in {d.itemsize: d for d in DTYPES}.values():  # the kernels see words of its size
         check_diff(dtype, "cpu", small)

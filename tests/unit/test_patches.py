@@ -127,6 +127,27 @@ def test_no_changes_advance_the_version() -> None:
     pair.assert_serves(pair.tensors, "2")
 
 
+def test_what_was_compared_ahead_counts_for_the_same_tensors_only() -> None:
+    pair = Pair()
+    listed = pair.lister.list(pair.tensors)
+    assert pair.snapshot.begin(listed) is None  # nothing is prepared yet
+    pair.change()
+    begun = pair.snapshot.begin(listed)
+    assert begun is not None
+    never = begun._replace(result=lambda capacity: pytest.fail(f"asked for {capacity}"))
+    name = next(iter(pair.tensors))
+    pair.tensors[name] = pair.tensors[name] + 1
+    moved = pair.lister.list(pair.tensors)
+    found = pair.snapshot.changes(moved, 1.0, never)
+    assert found is not None
+    pair.run(pair.load(found))
+    pair.assert_serves(pair.tensors, "2")
+    assert pair.snapshot.begin(listed) is None
+    assert pair.snapshot.begin(moved) is not None
+    pair.tensors[name].untyped_storage().resize_(0)
+    assert pair.snapshot.begin(moved) is None  # to read there would be fatal
+
+
 def refused(pair: Pair, push: PatchPush, match: str, old: dict[str, torch.Tensor]) -> None:
     with pytest.raises(WeightSyncError, match=match):
         pair.run(push)

@@ -6,7 +6,7 @@ torch, tensor by tensor; on CUDA `cuda_diff.py` reads both copies once, for all 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -37,9 +37,10 @@ class Diff:
 class Part(Protocol):
     """Pairs of one device, word and index width."""
 
-    def find(self, capacity: int) -> Diff | None:
-        """The changes, tensors without any left out; None if there are more than `capacity`, or
-        than there is memory for."""
+    def begin(self) -> Callable[[int], Diff | None]:
+        """On CUDA, behind what the current stream was given. What is returned is called once, and
+        waits: the changes, tensors without any left out; None if there are more than its argument,
+        or than there is memory for."""
 
     def accept(self, group: Group) -> None:
         """Write the changed values of a find, or some of its tensors, into the old copies."""
@@ -48,11 +49,13 @@ class Part(Protocol):
 class Comparison:
     """Pairs that are compared again and again: what stays the same is prepared once.
 
-    Temporary memory: that of the changes, on CUDA 2.5 times that, plus the tensors that must be
+    Temporary memory: that of the changes, on CUDA twice that, plus the tensors that must be
     cast or made contiguous first.
     """
 
     def __init__(self, pairs: Sequence[Pair]) -> None:
+        self._news = [p.new for p in pairs]
+        self._at = [t.data_ptr() for t in self._news]
         groups: dict[tuple[torch.device, int, torch.dtype], list[Pair]] = {}
         for p in pairs:
             if p.spec.numel:
@@ -65,18 +68,28 @@ class Comparison:
             for p in rows
         }
 
-    def changes(self, capacity: int) -> list[Diff] | None:
-        """What differs now; None if more than `capacity` elements do, or too many for the memory.
-        Blocking."""
-        out: list[Diff] = []
-        for part in self._parts:
-            found = part.find(capacity)
-            if found is None:
-                return None
-            capacity -= found.group.indices.numel()
-            if found.group.specs:
-                out.append(found)
-        return out
+    @property
+    def there(self) -> bool:
+        """Whether the memory of all new tensors is still where it was."""
+        return self._at == [t.data_ptr() for t in self._news]
+
+    def begin(self) -> Callable[[int], list[Diff] | None]:
+        """Begin to compare. What is returned is called once, and waits: what differs; None if more
+        elements do than its argument, or too many for the memory."""
+        begun = [part.begin() for part in self._parts]
+
+        def result(capacity: int) -> list[Diff] | None:
+            out: list[Diff] = []
+            for find in begun:
+                found = find(capacity)
+                if found is None:
+                    return None
+                capacity -= found.group.indices.numel()
+                if found.group.specs:
+                    out.append(found)
+            return out
+
+        return result
 
     def accept(self, groups: Sequence[Group]) -> None:
         """The old copies take the changed values. Asynchronous on CUDA."""
@@ -99,7 +112,10 @@ class TorchPart:
         self._pairs = pairs
         self._old = {p.spec.name: _words(p.old) for p in pairs}
 
-    def find(self, capacity: int) -> Diff | None:
+    def begin(self) -> Callable[[int], Diff | None]:
+        return self._find
+
+    def _find(self, capacity: int) -> Diff | None:
         word = WORDS[self._pairs[0].old.element_size()]
         index = index_dtype(self._pairs[0].spec.numel)
         specs, counts, indices, values, sums = [], [], [], [], []

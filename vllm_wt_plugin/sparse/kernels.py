@@ -65,11 +65,11 @@ def share(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: i
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def span(patches, n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What this program has of n `Patches`: of which entry, where the patch begins in its group,
-    the places there and whether they are the patch's."""
-    program = tl.program_id(0).to(tl.int64)
-    own, end = program * 0, program * 0 + n
+def span(patches, n, program, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a program has of n `Patches`: of which entry, where that begins in the group, where the
+    program does, and how many elements are left from there."""
+    own = tl.zeros([], tl.int64)
+    end = own + n
     while end - own > 1:
         middle = (own + end) // 2
         if tl.load(patches + middle) <= program:
@@ -78,16 +78,19 @@ def span(patches, n, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
             end = middle
     patch = patches + own
     begin = tl.load(patch + n + 1)
-    at = begin + (program - tl.load(patch)) * TILE + tl.arange(0, TILE)
-    return own, tl.load(patch + 2 * (n + 1)), begin, at, at < tl.load(patch + n + 2)
+    at = begin + (program - tl.load(patch)) * TILE
+    left = tl.minimum(tl.load(patch + n + 2) - at, TILE).to(tl.int32)
+    return own, tl.load(patch + 2 * (n + 1)), begin, at, left
 
 
-@triton.jit  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["n"])  # type: ignore[untyped-decorator]
 def _check(entries, patches, n, indices, bad, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
     """Counts in `bad` the indices that do not ascend within their patch, or are out of range."""
-    _, entry, begin, at, mask = span(patches, n, TILE)
-    index = tl.load(indices + at, mask=mask, other=0)
-    before = tl.load(indices + at - 1, mask=mask & (at > begin), other=-1)
+    _, entry, begin, at, left = span(patches, n, tl.program_id(0), TILE)
+    lane = tl.arange(0, TILE)
+    mask = lane < left
+    index = tl.load(indices + at + lane, mask=mask, other=0)
+    before = tl.load(indices + at - 1 + lane, mask=mask & (lane + at > begin), other=-1)
     far = tl.load(entries + entry * 4 + 3)
     wrong = tl.sum((mask & ((index <= before) | (index >= far))).to(tl.int32))
     if wrong > 0:
@@ -95,50 +98,56 @@ def _check(entries, patches, n, indices, bad, TILE: tl.constexpr):  # type: igno
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _place(row, index, mask, DIMS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Where in a row's tensor these elements lie, and whether they do."""
+    rest = index - tl.load(row + 1).to(index.dtype)
+    inside = mask & (rest >= 0)
+    offset = tl.zeros(index.shape, tl.int64)
+    for d in tl.static_range(DIMS):
+        stride = tl.load(row + 3 + 3 * d).to(index.dtype)
+        step = rest
+        if stride != 1:  # most tensors are one run: a division takes as long as the memory
+            step = rest // stride
+        inside = inside & (step < tl.load(row + 2 + 3 * d))
+        offset += step.to(tl.int64) * tl.load(row + 4 + 3 * d)
+        rest = rest - step * stride
+    return offset, inside & (rest == 0)
+
+
+@triton.jit(do_not_specialize=["n", "programs"])  # type: ignore[untyped-decorator]
 def _swap(  # type: ignore[no-untyped-def]
-    entries, rows, patches, n, indices, values, kept, moved, UNDO: tl.constexpr,
+    entries, rows, patches, n, programs, indices, values, kept, moved, UNDO: tl.constexpr,
     FIRST: tl.constexpr, DIMS: tl.constexpr, WORD: tl.constexpr, SIZE: tl.constexpr,
     WIDE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """entries [m, 4]: first row, end row, seed, elements. rows [k, 2 + 3 DIMS]: address, source
     offset, (size, source stride, destination stride) per dimension. moved [n]: what each patch
-    adds to the checksum.
+    adds to the checksum. What `programs` would do is shared by those there are.
 
     A store waits for what stood there, and so for its 32 bytes to be in the cache: one that finds
     them on their way is made at the memory instead, which takes two to four times as long."""
-    patch, entry, _, at, mask = span(patches, n, TILE)
-    own = entries + entry * 4
-    index = tl.load(indices + at, mask=mask, other=0)
-    key = tl.load(own + 2).to(tl.uint32)
-    added = tl.zeros([TILE], tl.int64)
-    if not UNDO:
-        new = tl.load(values + at, mask=mask, other=0)
-    for r in range(tl.load(own), tl.load(own + 1)):
-        row = rows + r * (2 + 3 * DIMS)
-        dest = tl.load(row).to(tl.pointer_type(WORD))
-        rest = index - tl.load(row + 1).to(index.dtype)
-        inside = mask & (rest >= 0)
-        offset = tl.zeros([TILE], tl.int64)
-        for d in tl.static_range(DIMS):
-            stride = tl.load(row + 3 + 3 * d).to(index.dtype)
-            step = rest
-            if stride != 1:  # most tensors are one run: a division takes as long as the memory
-                step = rest // stride
-            inside = inside & (step < tl.load(row + 2 + 3 * d))
-            offset += step.to(tl.int64) * tl.load(row + 4 + 3 * d)
-            rest = rest - step * stride
-        inside = inside & (rest == 0)
-        if UNDO:
-            new = tl.load(kept + at, mask=inside, other=0)
-        old = tl.load(dest + offset, mask=inside, other=0)
-        tl.store(dest + offset, new, mask=inside & (new != old))
-        if not UNDO:
-            tl.store(kept + at, old, mask=inside)
-            if FIRST:
-                change = share(new, index, key, SIZE, WIDE) - share(old, index, key, SIZE, WIDE)
-                added += tl.where(inside, change, 0)
-    if FIRST and not UNDO:
-        tl.atomic_add(moved + patch, tl.sum(added), sem="relaxed")
+    for program in range(tl.program_id(0), programs, tl.num_programs(0)):
+        patch, entry, _, at, left = span(patches, n, program, TILE)
+        own = entries + entry * 4
+        lane = tl.arange(0, TILE)
+        mask = lane < left
+        index = tl.load(indices + at + lane, mask=mask, other=0)
+        key = tl.load(own + 2).to(tl.uint32)
+        added = tl.zeros([], tl.int64)
+        for r in range(tl.load(own), tl.load(own + 1)):
+            row = rows + r * (2 + 3 * DIMS)
+            offset, inside = _place(row, index, mask, DIMS)
+            dest = tl.load(row).to(tl.pointer_type(WORD))
+            new = tl.load((kept if UNDO else values) + at + lane, mask=inside, other=0)
+            old = tl.load(dest + offset, mask=inside, other=0)
+            tl.store(dest + offset, new, mask=inside & (new != old))
+            if not UNDO:
+                tl.store(kept + at + lane, old, mask=inside)
+                if FIRST:
+                    change = share(new, index, key, SIZE, WIDE) - share(old, index, key, SIZE, WIDE)
+                    added += tl.sum(tl.where(inside, change, 0))
+        if FIRST and not UNDO:
+            tl.atomic_add(moved + patch, added, sem="relaxed")
 
 
 class Patches:
@@ -150,7 +159,7 @@ class Patches:
     """
 
     def __init__(self, counts: Sequence[int], entries: Sequence[int], device: torch.device) -> None:
-        programs = list(accumulate((-(-n // PATCH) for n in counts), initial=0))
+        programs = list(accumulate([-(-n // PATCH) for n in counts], initial=0))
         rows = array("q", [*programs, *accumulate(counts, initial=0), *entries, 0])
         self.n, self.grid = len(counts), programs[-1]
         self.rows = to_device(torch.frombuffer(rows, dtype=torch.int64), device)
@@ -163,7 +172,13 @@ class _Layer:
 
 
 class CudaTable:
-    """`scatter.table` on a device: one row of numbers for every tensor and every segment."""
+    """`scatter.table` on a device: one row of numbers for every tensor and every segment.
+
+    `apart`: up to this share of changed elements, one program on a processor at a time. The memory
+    opens a row for each of them then, and more at once get in each other's way.
+    """
+
+    apart = 0.02
 
     def __init__(
         self, rows: Mapping[str, Layers], numels: Mapping[str, int], index: torch.dtype,
@@ -171,7 +186,8 @@ class CudaTable:
     ) -> None:  # fmt: skip
         self._held = rows  # the memory whose addresses the table has
         self._ids = {name: i for i, name in enumerate(rows)}
-        self._named: tuple[object, list[int]] = (), []
+        self._named: tuple[object, list[int], int] = (), [], 0
+        self._numels, self.processors = numels, processors(device)
         self.size, self.wide = word.itemsize, index == torch.int64
         every = [r for own in rows.values() for layer in own for r in layer]
         self.dims = max((len(r.dims) for r in every), default=1)
@@ -193,11 +209,13 @@ class CudaTable:
     def scatter(self, group: Group) -> CudaScatter:
         return CudaScatter(self, group)
 
-    def entries(self, group: Group) -> list[int]:
-        """Of its tensors; a trainer pushes the same ones again and again."""
+    def entries(self, group: Group) -> tuple[list[int], int]:
+        """Of its tensors, and their elements; a trainer pushes the same ones again and again."""
         if group.specs is not self._named[0]:
-            self._named = group.specs, [self._ids[s.name] for s in group.specs]
-        return self._named[1]
+            names = [s.name for s in group.specs]
+            every = sum(self._numels[n] for n in names)
+            self._named = group.specs, [self._ids[n] for n in names], every
+        return self._named[1:]
 
 
 class CudaScatter:
@@ -205,7 +223,10 @@ class CudaScatter:
 
     def __init__(self, table: CudaTable, group: Group) -> None:
         self._table, self._group = table, group
-        self._patches = Patches(group.counts, table.entries(group), group.values.device)
+        entries, elements = table.entries(group)
+        self._patches = Patches(group.counts, entries, group.values.device)
+        apart = group.values.numel() <= table.apart * elements
+        self._grid = min(self._patches.grid, table.processors) if apart else self._patches.grid
         self._kept = [torch.empty_like(group.values) for _ in table.layers]
         self._swapped = 0  # layers, whose old values are in `_kept`
 
@@ -237,10 +258,11 @@ class CudaScatter:
             return
         with on(g.values.device):
             for k, layer in enumerate(table.layers[: self._swapped if undo else None]):
-                swap[p.grid,](
-                    layer.entries, layer.rows, p.rows, p.n, g.indices, g.values, self._kept[k],
-                    moved, UNDO=undo, FIRST=k == 0, DIMS=table.dims, WORD=WORD_TYPE[table.size],
-                    SIZE=table.size, WIDE=table.wide, TILE=PATCH, num_warps=WARPS["swap"],
+                swap[self._grid,](
+                    layer.entries, layer.rows, p.rows, p.n, p.grid, g.indices, g.values,
+                    self._kept[k], moved, UNDO=undo, FIRST=k == 0, DIMS=table.dims,
+                    WORD=WORD_TYPE[table.size], SIZE=table.size, WIDE=table.wide, TILE=PATCH,
+                    num_warps=WARPS["swap"],
                 )  # fmt: skip
                 self._swapped = max(self._swapped, k + 1)
 
@@ -263,6 +285,13 @@ def to_device(t: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A host's tensor there. Does not wait for what the stream has to do before, as a copy out of
     pageable memory would."""
     return t.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else t
+
+
+def processors(device: torch.device) -> int:
+    """How many the device has; of the CPU, as Triton's interpreter is, any few."""
+    if device.type != "cuda":
+        return 3
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def on(device: torch.device) -> AbstractContextManager[object]:

@@ -5,8 +5,9 @@ source ─ Snapshot.changes ─▶ Changes ─ (pushed) ─▶ Snapshot.accept
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 
@@ -34,6 +35,13 @@ class Changes:
         """What travels."""
         patches = sum(d.group.indices.nbytes + d.group.values.nbytes for d in self.diffs)
         return patches + sum(s.nbytes for s, _ in self.whole)
+
+
+class Begun(NamedTuple):
+    """A comparison under way, of these tensors."""
+
+    source: Listing
+    result: Callable[[int], list[Diff] | None]
 
 
 class Snapshot:
@@ -83,9 +91,20 @@ class Snapshot:
             (n, tuple(t.shape)) for n, t in self._held.items()
         ]
 
-    def changes(self, source: Listing, most: float) -> Changes | None:
-        """Compare bit by bit, on the device. None if more than the share `most` has changed."""
-        found = self._comparison(source).changes(int(most * self.total))
+    def begin(self, source: Listing) -> Begun | None:
+        """Compare before a look at the source says whether these are still its tensors; None if
+        that is not prepared."""
+        if self._compared is None or self._compared[0] is not source:
+            return None
+        comparison = self._compared[1]
+        return Begun(source, comparison.begin()) if comparison.there else None
+
+    def changes(self, source: Listing, most: float, begun: Begun | None = None) -> Changes | None:
+        """Compare bit by bit, on the device; or wait for what was `begun`, of the same tensors.
+        None if more than the share `most` has changed."""
+        if begun is None or begun.source is not source:
+            begun = Begun(source, self._comparison(source).begin())
+        found = begun.result(int(most * self.total))
         if found is None:
             return None
         whole: tuple[tuple[ParamSpec, torch.Tensor], ...] = ()

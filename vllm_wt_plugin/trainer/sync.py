@@ -160,10 +160,12 @@ class WeightSync:
         self._pushes += 1
         version = str(self._pushes if version is None else version)
         start = time.perf_counter()
-        via = self._broadcaster
+        via, last, begun = self._broadcaster, self._lister.recall(source), None
         try:
-            if via is not None and mode == "dense":
-                via.begin(self._lister.recall(source), version, self._clients)
+            if mode != "dense":
+                begun = self._tracker.begin(last, self._clients)
+            elif via is not None:
+                via.begin(last, version, self._clients)
             listing = self._lister.list(source)
         except BaseException:
             if via is not None:
@@ -178,7 +180,7 @@ class WeightSync:
             mode = "dense"  # another rank walks the source once, whatever is sent
         sent = None
         if mode != "dense":
-            sent = self._tracker.push(listing, version, mode, self._clients)
+            sent = self._tracker.push(listing, version, mode, self._clients, begun)
         left = [c for c in self._clients if sent is None or c.name not in sent.outcomes]
         outcomes = {} if sent is None else dict(sent.outcomes)
         seconds |= {} if sent is None else sent.seconds

@@ -19,7 +19,7 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
 )
 from vllm_wt_plugin.trainer.client import Client
-from vllm_wt_plugin.trainer.delta import Changes, Cost, Snapshot
+from vllm_wt_plugin.trainer.delta import Begun, Changes, Cost, Snapshot
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.patching import PatchSender
 from vllm_wt_plugin.trainer.replicas import overdue
@@ -82,20 +82,30 @@ class Tracker:
         self._snapshot.doubt(unseen)
         self._at = self._alike({n for n, h in held.items() if h.version == first.version})
 
-    def push(self, source: Listing, version: str, mode: Mode, clients: list[Client]) -> Sent | None:
+    def begin(self, source: Listing | None, clients: list[Client]) -> Begun | None:
+        """What `push` will compare, if these are still the source's tensors."""
+        if source is None or self._snapshot is None or not self._ready(clients):
+            return None
+        return self._snapshot.begin(source)
+
+    def _ready(self, clients: list[Client]) -> list[Client]:
+        """Those that can be sent changes."""
+        ready = [c for c in clients if c.name in self._at]
+        return [] if self._broadcast is not None and len(ready) < len(clients) else ready
+
+    def push(
+        self, source: Listing, version: str, mode: Mode, clients: list[Client],
+        begun: Begun | None = None,
+    ) -> Sent | None:  # fmt: skip
         """Send what changed to every replica that holds the last push. Those that are not in the
         outcome's table want a dense push: they were never tried, or refused in a way it heals."""
         self._changes = None
-        ready = [c for c in clients if c.name in self._at]
-        if self._snapshot is None or not ready:
-            return None
-        if self._broadcast is not None and len(ready) < len(clients):
-            return None
+        ready = self._ready(clients)
         start = time.perf_counter()
-        if not self._snapshot.fits(source):
+        if self._snapshot is None or not ready or not self._snapshot.fits(source):
             return None
         most = self._cost.most(self._snapshot.total) if mode == "auto" else 1.0
-        changes = self._snapshot.changes(source, most)
+        changes = self._snapshot.changes(source, most, begun)
         if changes is None:
             return None
         compared = time.perf_counter()

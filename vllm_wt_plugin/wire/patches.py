@@ -149,7 +149,7 @@ def layout(widths: Widths, counts: list[int], whole: list[ParamSpec]) -> Layout:
     """Both sides call it with what the request says."""
     sections, at = [], 0
     for (word, index), members in widths.items():
-        n = sum(counts[i] for i in members)
+        n = sum([counts[i] for i in members])
         values_at = _up(at + n * index)
         sections.append(Section(tuple(members), word, index, n, at, values_at))
         at = _up(values_at + n * word)

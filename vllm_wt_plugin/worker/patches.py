@@ -124,7 +124,7 @@ class PatchUpdate:
             sum(push.num_updates_list) + sum(s.numel for s in push.whole),
             places.plan.report.elements,
         )
-        self._patched = {s.name for s in specs} & places.whole.keys()
+        self._patched = {s.name for s in specs} & places.whole.keys() if places.whole else set()
         self.wrote = self._processed = False
 
     @property
@@ -169,13 +169,13 @@ class PatchUpdate:
         Raises TransferError where the engine's old values, or what arrived, are not the trainer's:
         to be undone.
         """
-        want = dict(zip(self._push.names, self._push.sums, strict=False))
         wrong, parts = list[str](), dict[str, list[Part]]()
         self.wrote = True
         for group, ways in self._scatters:
             sums = ways.swap()
             if self._alone and sums == self._push.sums:
                 continue
+            want = dict(zip(self._push.names, self._push.sums, strict=False))
             for spec, have in zip(group.specs, sums, strict=True):
                 if spec.name not in want:
                     continue
@@ -249,10 +249,10 @@ def _group(
     push: PatchPush, specs: tuple[ParamSpec, ...], s: Section, buffer: torch.Tensor
 ) -> Group:
     index = torch.int32 if s.index == 4 else torch.int64
-    every = len(s.members) == len(specs)
+    counts, every = push.num_updates_list, len(s.members) == len(specs)
     return Group(
         specs if every else tuple(specs[i] for i in s.members),
-        tuple(push.num_updates_list[i] for i in s.members),
+        tuple(counts if every else (counts[i] for i in s.members)),
         buffer[s.indices_at : s.indices_at + s.count * s.index].view(index),
         buffer[s.values_at : s.values_at + s.count * s.word].view(WORDS[s.word]),
     )
