@@ -20,7 +20,17 @@ import triton.language as tl
 
 from vllm_wt_plugin.sparse import checksum as cs
 from vllm_wt_plugin.sparse.diff import Diff, Pair
-from vllm_wt_plugin.sparse.kernels import PATCH, WARPS, WORD_TYPE, Patches, on, share, span, tiles
+from vllm_wt_plugin.sparse.kernels import (
+    PATCH,
+    WARPS,
+    WORD_TYPE,
+    Patches,
+    entry_rows,
+    on,
+    share,
+    span,
+    tiles,
+)
 from vllm_wt_plugin.sparse.patch import WORDS, Group, index_dtype
 
 TILE = 8192  # elements compared by one program
@@ -300,7 +310,8 @@ class CudaPart:
             return
         put: Any = _put
         with on(self._device):
-            patches = Patches(group.counts, [self._row[s.name] for s in group.specs], self._device)
+            rows = entry_rows(self._row[s.name] for s in group.specs)
+            patches = Patches(group.counts, rows, self._device)
             put[patches.grid,](
                 self._olds, patches.rows, patches.n, group.indices, group.values,
                 HOST=not self._pairs[0].old.is_cuda, WORD=WORD_TYPE[self._size], TILE=PATCH,

@@ -7,10 +7,9 @@ a program needs to know is a row of integers in a table on the device.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any, cast
 
 import torch
@@ -158,11 +157,16 @@ class Patches:
     0, 2, 2, 3 | 0, 300, 300, 340 | 5, 6, 7, 0.
     """
 
-    def __init__(self, counts: Sequence[int], entries: Sequence[int], device: torch.device) -> None:
-        programs = list(accumulate([-(-n // PATCH) for n in counts], initial=0))
-        rows = array("q", [*programs, *accumulate(counts, initial=0), *entries, 0])
-        self.n, self.grid = len(counts), programs[-1]
-        self.rows = to_device(torch.frombuffer(rows, dtype=torch.int64), device)
+    def __init__(self, counts: Sequence[int], entries: torch.Tensor, device: torch.device) -> None:
+        count = torch.frombuffer(array("q", [0, *counts]), dtype=torch.int64)
+        programs = ((count + (PATCH - 1)) // PATCH).cumsum(0)
+        self.n, self.grid = len(counts), int(programs[-1])
+        self.rows = to_device(torch.stack([programs, count.cumsum(0), entries]), device)
+
+
+def entry_rows(rows: Iterable[int]) -> torch.Tensor:
+    """`Patches`' entries, and one that nobody reads."""
+    return torch.tensor([*rows, 0])
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,7 +190,7 @@ class CudaTable:
     ) -> None:  # fmt: skip
         self._held = rows  # the memory whose addresses the table has
         self._ids = {name: i for i, name in enumerate(rows)}
-        self._named: tuple[object, list[int], int] = (), [], 0
+        self._named: tuple[object, torch.Tensor, int] = (), entry_rows(()), 0
         self._numels, self.processors = numels, processors(device)
         self.size, self.wide = word.itemsize, index == torch.int64
         every = [r for own in rows.values() for layer in own for r in layer]
@@ -209,12 +213,12 @@ class CudaTable:
     def scatter(self, group: Group) -> CudaScatter:
         return CudaScatter(self, group)
 
-    def entries(self, group: Group) -> tuple[list[int], int]:
+    def entries(self, group: Group) -> tuple[torch.Tensor, int]:
         """Of its tensors, and their elements; a trainer pushes the same ones again and again."""
         if group.specs is not self._named[0]:
             names = [s.name for s in group.specs]
             every = sum(self._numels[n] for n in names)
-            self._named = group.specs, [self._ids[n] for n in names], every
+            self._named = group.specs, entry_rows(self._ids[n] for n in names), every
         return self._named[1:]
 
 
