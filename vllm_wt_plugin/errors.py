@@ -13,7 +13,8 @@
     │   ├── UnknownRegistration the worker does not hold these handles; send them again
     │   └── VersionMismatch     a delta does not start from the version the worker holds
     ├── TransferError           moving or loading the bytes failed
-    │   └── NotJoined           ranks of a group did not come to its rendezvous
+    │   ├── NotJoined           ranks of a group did not come to its rendezvous
+    │   └── NotBegun            an update was called off before it began; it wrote nothing
     ├── ServerUnreachable       the server did not answer, or not as this plugin does
     └── UnsupportedVLLM         this vLLM, or this configuration of it, is not supported
 
@@ -100,6 +101,10 @@ class TransferError(WeightSyncError):
 
 class NotJoined(TransferError):
     ranks: tuple[int, ...] = ()  # where it is known
+
+
+class NotBegun(TransferError):
+    pass
 
 
 class ServerUnreachable(WeightSyncError):

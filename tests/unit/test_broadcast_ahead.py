@@ -137,6 +137,27 @@ def test_a_request_that_its_abort_overtakes_does_not_begin(
         assert all_serve(pair, 3, "next")
 
 
+def test_a_group_that_is_lost_is_made_anew_though_its_abort_overtakes(
+    pair: list[ToyReplica], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Replicas that served another trainer meanwhile: the first group's end is seen at once."""
+    push = HTTPClient.push
+
+    def late(self: HTTPClient, request: Any, *more: Any) -> Any:
+        time.sleep(0.5)
+        return push(self, request, *more)
+
+    tensors = weights(2)
+    with connect(*pair) as sync:
+        sync.push(tensors, version="first")
+        with connect(*pair) as other:
+            other.push(weights(3), version="other")
+        with monkeypatch.context() as patched:
+            patched.setattr(HTTPClient, "push", late)
+            sync.push(tensors, version="next")
+        assert all_serve(pair, 2, "next")
+
+
 def test_a_replica_that_dies_meanwhile_fails_the_push_and_no_more(
     looking: list[Callable[[], object]],
 ) -> None:

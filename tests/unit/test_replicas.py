@@ -7,6 +7,7 @@ held the last push were sent changes alone.
 from __future__ import annotations
 
 import socket
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -137,6 +138,20 @@ def test_a_replica_that_restarts_gets_everything_once_then_changes(run: Run) -> 
         assert run.all_serve()
     assert one.sparse == [False, True, True, True, True, True]
     assert two.sparse == [False, True, True]
+
+
+@pytest.mark.parametrize("mode", ["sparse", "dense"])
+def test_one_replica_does_not_wait_for_another(
+    run: Run, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    run.push()
+    meeting = threading.Barrier(2)
+    for r in run.replicas:
+        monkeypatch.setattr(r, "_reach", lambda: meeting.wait(30))
+    run.push(mode)
+    assert run.all_serve()
+    assert [r.sparse[-1] for r in run.replicas] == [mode == "sparse"] * 2
+    monkeypatch.undo()
 
 
 def test_a_restart_is_noticed_though_the_version_is_the_same(run: Run) -> None:

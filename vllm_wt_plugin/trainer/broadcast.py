@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from msgspec.structs import replace
 
-from vllm_wt_plugin.errors import UnknownRegistration, WeightSyncError
+from vllm_wt_plugin.errors import NotBegun, UnknownRegistration, WeightSyncError
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.meeting import OWN, CouldNotMeet, GroupOptions, Meeting, meet
@@ -371,4 +371,5 @@ class Broadcaster:
 
 
 def _restarted(errors: dict[str, WeightSyncError]) -> bool:
-    return any(isinstance(e, UnknownRegistration) for e in errors.values())
+    """Or served another trainer, or was called off because of one that did."""
+    return any(isinstance(e, (UnknownRegistration, NotBegun)) for e in errors.values())

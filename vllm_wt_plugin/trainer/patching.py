@@ -7,6 +7,7 @@ Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
@@ -17,6 +18,7 @@ from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Changes
+from vllm_wt_plugin.trainer.replicas import ask
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.transport.patches import share
@@ -106,15 +108,11 @@ class PatchSender:
         self._known[client.name] = registration.id
         return done
 
-    def each(self, clients: list[Client]) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
-        """`send` to one after another: outcomes and errors, by name."""
-        done, errors = dict[str, Outcome](), dict[str, WeightSyncError]()
-        for c in clients:
-            try:
-                done[c.name] = self.send(c)
-            except WeightSyncError as exc:
-                errors[c.name] = exc
-        return done, errors
+    def each(
+        self, clients: list[Client], pool: Executor
+    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
+        """`send` to all at once: outcomes and errors, by name."""
+        return ask(pool, clients, self.send)
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)

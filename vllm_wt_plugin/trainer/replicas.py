@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, wait
 from typing import Any, TypeVar
 
-from vllm_wt_plugin.errors import ServerUnreachable, TransferError, WeightSyncError
+from vllm_wt_plugin.errors import NotBegun, ServerUnreachable, TransferError, WeightSyncError
 from vllm_wt_plugin.trainer.client import Client
 
 T = TypeVar("T")
@@ -17,8 +17,25 @@ GRACE_S = 5.0  # within which the others must answer once one has failed
 def ask(
     pool: Executor, clients: Iterable[Client], what: Callable[[Client], T]
 ) -> tuple[dict[str, T], dict[str, WeightSyncError]]:
-    """`what` of every replica, in parallel: answers and errors, by name."""
-    return gather({c.name: pool.submit(what, c) for c in clients}, lambda: None, grace_s=None)
+    """`what` of every replica, in parallel: answers and errors, by name. Waits for all."""
+    clients = list(clients)
+    if len(clients) > 1:
+        futures = {c.name: pool.submit(what, c) for c in clients}
+        return gather(futures, lambda: None, grace_s=None)
+    try:
+        return {c.name: what(c) for c in clients}, {}
+    except WeightSyncError as exc:
+        return {}, {clients[0].name: exc}
+
+
+def answers(pool: Executor, clients: Iterable[Client], what: Callable[[Client], T]) -> dict[str, T]:
+    """`ask`, in the clients' order; raises the first one's error of those that failed."""
+    clients = list(clients)
+    found, errors = ask(pool, clients, what)
+    for c in clients:
+        if c.name in errors:
+            raise errors[c.name]
+    return {c.name: found[c.name] for c in clients}
 
 
 def gather(
@@ -84,7 +101,7 @@ def shared(
             out[name] = type(e)(e.what + at, where=e.where or name, next_step=e.next_step)
         else:
             with_ = f" with {', '.join(sorted(lost))}" if lost else ""
-            out[name] = TransferError(
+            out[name] = (NotBegun if isinstance(e, NotBegun) else TransferError)(
                 f"the group failed{with_}: {e.what}{at}",
                 where=e.where or name,
                 next_step="push again: a new group is made by itself",

@@ -25,7 +25,7 @@ from vllm_wt_plugin.trainer.client import Client, LLMClient, client_for
 from vllm_wt_plugin.trainer.listing import Lister, Listing
 from vllm_wt_plugin.trainer.meeting import GroupOptions
 from vllm_wt_plugin.trainer.packed import PackedSender, PackedSenders
-from vllm_wt_plugin.trainer.replicas import GRACE_S, culprits, overdue
+from vllm_wt_plugin.trainer.replicas import GRACE_S, answers, culprits, overdue
 from vllm_wt_plugin.trainer.report import PushReport, ReplicaOutcome, VerifyReport
 from vllm_wt_plugin.trainer.sending import walk
 from vllm_wt_plugin.trainer.source import gathers
@@ -114,7 +114,7 @@ class WeightSync:
             self._broadcaster = Broadcaster(options, self._owner, self._pool, self._plans)
         self._tracker = Tracker(
             MemoryExporter if in_process else Exporter, self._plans, self._owner, snapshot,
-            None if self._broadcaster is None else self._broadcaster.patch,
+            self._pool, None if self._broadcaster is None else self._broadcaster.patch,
         )  # fmt: skip
         self._pushes = 0
         self._closed = False
@@ -242,7 +242,7 @@ class WeightSync:
         return found
 
     def _held(self, source: Listing) -> dict[str, Held]:
-        return {c.name: c.checksums(source.specs) for c in self._clients}
+        return answers(self._pool, self._clients, lambda c: c.checksums(source.specs))
 
     def _push_dense(self, source: Listing, version: str, clients: list[Client]) -> _Dense:
         """By broadcast; or the tensors' own memory, read by the workers, or through buffers."""
@@ -258,11 +258,8 @@ class WeightSync:
         self._exporter.refresh()
         staged = time.perf_counter()
 
-        def one(c: Client) -> ReplicaOutcome:
-            return self._push_one(c, registration, version)
-
-        several = len(clients) > 1
-        outcomes = list((self._pool.map if several else map)(one, clients))
+        done = answers(self._pool, clients, lambda c: self._push_one(c, registration, version))
+        outcomes = list(done.values())
         if len(clients) == len(self._clients) and all(o.error is None for o in outcomes):
             self._exporter.retire()  # nobody reads an earlier registration any more
         if any(isinstance(o.error, HandleError) or overdue(o.error) for o in outcomes):
@@ -317,7 +314,7 @@ class WeightSync:
 
     def status(self) -> list[dict[str, Any]]:
         """Each replica's state: phase, version, dirty reason, open update."""
-        return [c.status() for c in self._clients]
+        return list(answers(self._pool, self._clients, lambda c: c.status()).values())
 
     def close(self) -> None:
         """Idempotent. Replicas that are gone are left alone."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -52,8 +53,8 @@ class Sent:
 class Tracker:
     """One per `WeightSync`; keeps nothing until the first push that is not dense.
 
-    `plans`: the replicas' reports, as they come in. `broadcast`: sends to all at once, so changes
-    alone go out where every replica can take them.
+    `plans`: the replicas' reports, as they come in. `pool` runs the requests of several replicas.
+    `broadcast`: sends to all at once, so changes alone go out where every replica can take them.
     """
 
     def __init__(
@@ -62,10 +63,11 @@ class Tracker:
         plans: dict[str, PlanReport],
         owner: str,
         where: Where,
+        pool: Executor,
         broadcast: Broadcast | None = None,
     ) -> None:
         self._exporter, self._plans, self._owner, self._where = exporter, plans, owner, where
-        self._broadcast = broadcast
+        self._pool, self._broadcast = pool, broadcast
         self._snapshot: Snapshot | None = None
         self._version = ""  # of the snapshot
         self._plan: PlanReport | None = None
@@ -114,7 +116,7 @@ class Tracker:
         self._sender.load(changes, self._snapshot.first(), self._version, version, self._owner)
         loaded = time.perf_counter()
         if self._broadcast is None:
-            done, errors = self._sender.each(ready)
+            done, errors = self._sender.each(ready, self._pool)
         else:
             done, errors = self._broadcast(self._sender, ready)
         for name in errors:

@@ -20,6 +20,7 @@ import torch
 
 from vllm_wt_plugin.errors import (
     EngineAsleep,
+    NotBegun,
     NoUpdate,
     TransferError,
     UpdateInProgress,
@@ -182,7 +183,7 @@ class WorkerSession:
         self._awake()
         if verb.session in self._called_off:
             self._called_off.remove(verb.session)
-            raise TransferError("the update was aborted before it began", next_step="push again")
+            raise NotBegun("the update was aborted before it began", next_step="push again")
         self._no_update("a second update")
         self.last = None
         self.open = Open(
