@@ -132,7 +132,7 @@ class AsyncEngine:
         if isinstance(request, PatchPush):
             request.check()
             if request.form == "broadcast":
-                return await self._control.run(broadcast.push_patches(request))
+                return await self._control.push_broadcast(request, _stays)
         elif request.register is not None:
             request.register.check()
         return await self._control.push(request)

@@ -6,6 +6,7 @@ the log. The ranks follow the state machine of `worker/session.py` (tested in te
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,11 +19,13 @@ from vllm_wt_plugin.errors import (
     UpdateInProgress,
     WeightSyncError,
 )
-from vllm_wt_plugin.wire import exchange
+from vllm_wt_plugin.wire import broadcast, exchange
 from vllm_wt_plugin.wire import messages as msg
 from vllm_wt_plugin.wire.agreement import agree
 from vllm_wt_plugin.wire.handles import Registration, ShmStorage, TensorRef
+from vllm_wt_plugin.wire.nccl import Progress, ReceivePatches
 from vllm_wt_plugin.wire.params import ParamSpec
+from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 KEY = "0123456789abcdef" * 2
@@ -45,6 +48,7 @@ class Rank:
     sticky: bool = False
     wrote: bool = False
     dirty: str = ""
+    looks: int = 1  # until a broadcast is here
     asleep: tuple[str, ...] = ()
     report: msg.PlanReport | None = field(default_factory=msg.PlanReport)
     seconds: dict[str, float] = field(default_factory=dict)
@@ -54,7 +58,8 @@ class Rank:
         for verb in verbs:
             tag = verb.__struct_config__.tag
             try:
-                report, info = self.run(verb, str(tag)) or (report, info)
+                report, more = self.run(verb, str(tag)) or (report, {})
+                info |= more
             except WeightSyncError as exc:
                 error = exc.to_dict()
                 if self.open is not None and self.wrote:
@@ -73,11 +78,18 @@ class Rank:
                     raise UpdateInProgress("another update is open")
                 self.open, self.owner, self.wrote = verb.session, verb.owner, False
                 self.resume_after = verb.resume_after or self.sticky
+            case ReceivePatches():
+                return None, {"receiving": True}
+            case Progress():
+                self.looks -= 1
+                return None, {"receiving": self.looks > 0}
             case msg.Prepare() | msg.Announce() | msg.Apply() | msg.Bucket() | msg.Commit():
                 if self.open is None or verb.session not in ("", self.open):
                     raise NoUpdate("no such update is open")
                 if isinstance(verb, msg.Prepare | msg.Announce):
                     return self.report, {}
+                if isinstance(verb, msg.Apply):
+                    return None, {"sums": {}}
                 if isinstance(verb, msg.Commit):
                     self.open, self.wrote, self.dirty, self.sticky = None, False, "", False
                     self.version = verb.version or self.version
@@ -173,6 +185,57 @@ def test_the_order_of_a_push() -> None:
     assert len(sessions.pop()) == 32
     prepare = engine.one(msg.Prepare)
     assert prepare == msg.Prepare(begin.session, KEY, REGISTRATION, True)
+
+
+def patches(engine: Engine, between: Callable[[], None] = lambda: None) -> exchange.Outcome:
+    """Changes that come by broadcast; `between` their beginning and their arrival."""
+    push = PatchPush(["w"], ["float32"], [(4, 4)], [1], KEY, "1", version="7", form="broadcast")
+    push = broadcast.checked(push)
+    begun = exchange.begin(push, ReceivePatches(push.session, push))
+    assert engine.run(begun).session == push.session
+    between()
+    return engine.run(broadcast.go_on(push))
+
+
+BEGUN = ["IsPaused", "begin receive_patches"]
+WRITTEN = ["apply commit", "ResetCaches", "SetVersion"]
+
+
+def test_patches_arrive_before_the_pause() -> None:
+    engine = Engine()
+    assert patches(engine).version == "7"
+    ready = ["progress", "IsPaused", "prepare_patches", "Pause"]
+    assert engine.log == [*BEGUN, *ready, *WRITTEN, "Resume"]
+    assert len({v.session for v in engine.verbs}) == 1
+    engine = Engine()
+    for r in engine.ranks:
+        r.looks = 3
+    assert patches(engine).session  # it is open yet
+    assert engine.log == [*BEGUN, "progress"]
+
+
+def test_patches_leave_a_paused_engine_paused() -> None:
+    engine = Engine(paused=True)
+    patches(engine)
+    assert engine.log == [*BEGUN, "progress", "IsPaused", "prepare_patches", *WRITTEN]
+    assert engine.paused
+
+
+def test_patches_of_an_engine_that_was_resumed_meanwhile() -> None:
+    engine = Engine(paused=True)
+    patches(engine, lambda: setattr(engine, "paused", False))
+    assert engine.log[-5:] == ["Pause", *WRITTEN, "Resume"]
+    assert not engine.paused
+
+
+def test_patches_that_do_not_arrive_leave_a_pause_as_it_is() -> None:
+    engine = Engine()
+    engine.ranks[1].fail = {"progress": BROKEN}
+    with pytest.raises(TransferError, match="the copy broke"):
+        patches(engine, lambda: setattr(engine, "paused", True))
+    assert engine.log[-2:] == ["progress", "abort"]
+    assert engine.paused
+    assert engine.phases == ["IDLE", "IDLE"]
 
 
 def test_two_pushes_are_two_sessions() -> None:

@@ -96,18 +96,17 @@ class EngineControl:
         return await self._until_gone(self._in_turn(steps), session, gone)
 
     async def push_broadcast(
-        self, push: msg.BroadcastPush, gone: Callable[[], Awaitable[bool]]
+        self, push: broadcast.Broadcast, gone: Callable[[], Awaitable[bool]]
     ) -> exchange.Outcome:
         """A whole update that is broadcast: its two ends in one call of an idle core each."""
-        push.check()
-        return await self._until_gone(self._push_broadcast(push), push.start.session, gone)
+        push = broadcast.checked(push)
+        return await self._until_gone(self._push_broadcast(push), broadcast.session(push), gone)
 
-    async def _push_broadcast(self, push: msg.BroadcastPush) -> exchange.Outcome:
-        opening = broadcast.opening(push)
-        steps = [await self._at_once_in_turn("weight_broadcast", push, opening)]
+    async def _push_broadcast(self, push: broadcast.Broadcast) -> exchange.Outcome:
+        opening, go_on = broadcast.core_methods(push)
+        steps = [await self._at_once_in_turn(opening, push, broadcast.opening(push))]
         while steps[-1].session:  # others, who may abort it, have their turn between two looks
-            go_on = broadcast.go_on(push)
-            steps.append(await self._at_once_in_turn("weight_go_on", push, go_on))
+            steps.append(await self._at_once_in_turn(go_on, push, broadcast.go_on(push)))
         return broadcast.in_all(*steps)
 
     async def _until_gone(

@@ -61,8 +61,7 @@ async def push_patches(request: Request, control: EngineControl) -> dict[str, An
     body.check()
     if body.form != "broadcast":
         return _told(await control.push(body))
-    steps = broadcast.push_patches(body)
-    return _told(await control.receive(steps, body.session, request.is_disconnected))
+    return _told(await control.push_broadcast(body, request.is_disconnected))
 
 
 async def push_broadcast(request: Request, control: EngineControl) -> dict[str, Any]:

@@ -201,11 +201,11 @@ class LLMClient:
 
     def push(self, request: msg.Push, sent: Callable[[], object] = lambda: None) -> Outcome:
         if isinstance(request, msg.BroadcastPush):
-            return self._run(broadcast.push_weights(request))
+            return self._run(broadcast.push(request))
         if isinstance(request, PatchPush):
             request.check()
             if request.form == "broadcast":
-                return self._run(broadcast.push_patches(request))
+                return self._run(broadcast.push(request))
         elif request.register is not None:
             request.register.check()
         core = self._llm.llm_engine.engine_core

@@ -33,6 +33,7 @@ from vllm_wt_plugin.wire.patches import PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
 T = TypeVar("T")
+Broadcast = msg.BroadcastPush | PatchPush
 
 
 def join(info: dict[str, Any]) -> Steps:
@@ -125,9 +126,29 @@ def receive(
     return Outcome(replies[0].state.version, seconds, None)
 
 
-def push_weights(push: msg.BroadcastPush) -> Steps:
-    """A whole dense update that is broadcast."""
+def checked(push: Broadcast) -> Broadcast:
+    """Raises RequestError. With a session, which its calls go by."""
     push.check()
+    if isinstance(push, PatchPush) and not push.session:
+        return msgspec.structs.replace(push, session=secrets.token_hex(16))
+    return push
+
+
+def session(push: Broadcast) -> str:
+    """What an abort of it names."""
+    return push.session if isinstance(push, PatchPush) else push.start.session
+
+
+def core_methods(push: Broadcast) -> tuple[str, str]:
+    """The engine core's methods of `opening` and `go_on` (`worker/core.py`)."""
+    if isinstance(push, PatchPush):
+        return "weight_patch_broadcast", "weight_patch_go_on"
+    return "weight_broadcast", "weight_go_on"
+
+
+def push(given: Broadcast) -> Steps:
+    """A whole update that is broadcast."""
+    push = checked(given)
     steps = [(yield from opening(push))]
     while steps[-1].session:
         yield Rest()
@@ -135,23 +156,31 @@ def push_weights(push: msg.BroadcastPush) -> Steps:
     return in_all(*steps)
 
 
-def opening(push: msg.BroadcastPush) -> Steps:
+def opening(push: Broadcast) -> Steps:
     """Open the update of `push`, begin to receive it, and go on once."""
-    s = push.start
-    begun = yield from exchange.start(s, Receive(s.session, together=True, forms=push.forms))
+    if isinstance(push, PatchPush):
+        begun = yield from exchange.begin(push, ReceivePatches(push.session, push))
+    else:
+        s = push.start
+        begun = yield from exchange.start(s, Receive(s.session, together=True, forms=push.forms))
     yield Rest()
     return in_all(begun, (yield from go_on(push)))
 
 
-def go_on(push: msg.BroadcastPush) -> Steps:
+def go_on(push: Broadcast) -> Steps:
     """Take what has come of it, and commit once that is all: it is open as long as the outcome
-    says a session."""
-    session = push.start.session
-    replies = yield from _or_abort(_look(session), session)
-    came = Outcome(replies[0].state.version, slowest(replies), None, session)
+    says a session. Patches arrive while the engine serves: it is paused to write them alone."""
+    name = session(push)
+    ended_by = exchange.or_undo if isinstance(push, PatchPush) else _or_abort
+    replies = yield from ended_by(_look(name), name)
+    came = Outcome(replies[0].state.version, slowest(replies), None, name)
     if _coming(replies):
         return came
-    return in_all(came, (yield from exchange.finish(push.finish)))
+    if isinstance(push, PatchPush):
+        end = exchange.push(push, begun=True)
+    else:
+        end = exchange.finish(push.finish)
+    return in_all(came, (yield from end))
 
 
 def in_all(*steps: Outcome) -> Outcome:
@@ -161,20 +190,6 @@ def in_all(*steps: Outcome) -> Outcome:
         for phase, s in step.seconds.items():
             seconds[phase] = seconds.get(phase, 0.0) + s
     return replace(steps[-1], seconds=seconds)
-
-
-def push_patches(push: PatchPush) -> Steps:
-    """A whole sparse update that is broadcast: it arrives while the engine serves."""
-
-    def coming(begin: msg.Begin) -> Generator[Action, Any, list[Reply]]:
-        begun = yield Call((begin, ReceivePatches(begin.session, push)))
-        agree(begun)
-        yield from _arrive(begin.session, begun)
-        ready = yield Call((msg.PreparePatches(begin.session, push),))
-        rows = zip(begun, ready, strict=True)
-        return [msgspec.structs.replace(r, info=first.info | r.info) for first, r in rows]
-
-    return exchange.push(push, coming=coming)
 
 
 def _arrive(

@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -90,6 +90,7 @@ class Outcome:
 
 
 Steps = Generator[Action, Any, Outcome]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -140,16 +141,10 @@ def core_method(request: msg.PushRequest | PatchPush) -> str:
     return "weight_push" if isinstance(request, msg.PushRequest) else "weight_patch"
 
 
-# From an update's begin to its being prepared, where that is more than one call.
-Coming = Callable[[msg.Begin], Generator[Action, Any, list[Reply]]]
-
-
 def push(
-    request: msg.PushRequest | PatchPush,
-    lease_s: float = msg.LEASE_S,
-    coming: Coming | None = None,
+    request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S, *, begun: bool = False
 ) -> Steps:
-    """One whole update."""
+    """One whole update; or the rest of one that has `begun`, and whose patches are here."""
     named = request.session if isinstance(request, PatchPush) else ""
     session = named or secrets.token_hex(16)
     was_paused = bool((yield IsPaused()))
@@ -157,11 +152,10 @@ def push(
     done: list[Reply] = []
     paused = False  # by us
     try:
-        begin = msg.Begin(session, request.owner, lease_s, not was_paused)
-        if coming is None:
-            ready = yield Call((begin, _prepare(session, request)))
-        else:
-            ready = yield from coming(begin)
+        verbs: tuple[msg.Verb, ...] = (_prepare(session, request),)
+        if not begun:
+            verbs = msg.Begin(session, request.owner, lease_s, not was_paused), *verbs
+        ready = yield Call(verbs)
         report = agree(ready, specs)
         yield from _still_paused(was_paused, ready)
         if not was_paused:
@@ -183,7 +177,7 @@ def push(
         if isinstance(exc, WeightSyncError):
             exc.rolled_back = bool(done) and all(r.state.phase == "IDLE" for r in now)
         raise
-    return (yield from _publish([*ready, *done], done, report))
+    return (yield from _publish([*ready, *done], done, report, paused=paused))
 
 
 def _prepare(session: str, request: msg.PushRequest | PatchPush) -> msg.Verb:
@@ -205,6 +199,31 @@ def _end_turn(replies: list[Reply]) -> Generator[Action, Any, None]:
     sessions = {r.info["turn"] for r in replies if "turn" in r.info}
     if sessions:
         yield Call(tuple(msg.EndTurn(s) for s in sorted(sessions)))
+
+
+def begin(request: PatchPush, *more: msg.Verb) -> Steps:
+    """Open the update of patches that are yet to come; the engine goes on serving."""
+    session = request.session
+    was_paused = bool((yield IsPaused()))
+
+    def opened() -> Generator[Action, Any, list[Reply]]:
+        begin = msg.Begin(session, request.owner, msg.LEASE_S, not was_paused)
+        replies: list[Reply] = yield Call((begin, *more))
+        agree(replies)
+        yield from _still_paused(was_paused, replies)
+        return replies
+
+    replies = yield from or_undo(opened(), session)
+    return Outcome(replies[0].state.version, slowest(replies), None, session)
+
+
+def or_undo(steps: Generator[Action, Any, T], session: str) -> Generator[Action, Any, T]:
+    """`steps` of an open update that has not paused the engine; where they fail, it is ended."""
+    try:
+        return (yield from steps)
+    except Exception as exc:
+        yield from _undo(session, exc, [], resume=False)
+        raise
 
 
 def start(body: msg.StartBody, *more: msg.Verb) -> Steps:
@@ -328,9 +347,12 @@ def abort(body: msg.AbortBody) -> Steps:
     return Outcome(replies[0].state.version, slowest(replies), None, session)
 
 
-def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) -> Steps:
+def _publish(
+    all_: list[Reply], done: list[Reply], report: PlanReport | None, *, paused: bool = False
+) -> Steps:
+    """After a commit. `paused`: by us, whoever had paused the engine before."""
     version = done[0].state.version
-    resume = any(r.info.get("resume") for r in done)
+    resume = paused or any(r.info.get("resume") for r in done)
     try:
         yield ResetCaches()
         yield SetVersion(version)

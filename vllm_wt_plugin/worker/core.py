@@ -55,6 +55,8 @@ METHODS = {
     "weight_patch": _in_one_call(PatchPush, exchange.push),
     "weight_broadcast": _in_one_call(msg.BroadcastPush, broadcast.opening),
     "weight_go_on": _in_one_call(msg.BroadcastPush, broadcast.go_on),
+    "weight_patch_broadcast": _in_one_call(PatchPush, broadcast.opening),
+    "weight_patch_go_on": _in_one_call(PatchPush, broadcast.go_on),
     "weight_start": _in_one_call(msg.StartBody, exchange.start),
     "weight_finish": _in_one_call(msg.FinishBody, exchange.finish),
 }
