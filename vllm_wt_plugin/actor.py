@@ -130,9 +130,9 @@ class AsyncEngine:
         if isinstance(request, msg.BroadcastPush):
             return await self._control.push_broadcast(request, _stays)
         if isinstance(request, PatchPush):
-            request.check()
             if request.form == "broadcast":
                 return await self._control.push_broadcast(request, _stays)
+            request.check()
         elif request.register is not None:
             request.register.check()
         return await self._control.push(request)

@@ -81,8 +81,12 @@ class Rank:
             case ReceivePatches():
                 return None, {"receiving": True}
             case Progress():
+                if verb.session != self.open:
+                    raise NoUpdate("no such update is open")
                 self.looks -= 1
                 return None, {"receiving": self.looks > 0}
+            case msg.PreparePatches():
+                self.resume_after |= verb.pauses
             case msg.Prepare() | msg.Announce() | msg.Apply() | msg.Bucket() | msg.Commit():
                 if self.open is None or verb.session not in ("", self.open):
                     raise NoUpdate("no such update is open")
@@ -187,17 +191,24 @@ def test_the_order_of_a_push() -> None:
     assert prepare == msg.Prepare(begin.session, KEY, REGISTRATION, True)
 
 
-def patches(engine: Engine, between: Callable[[], None] = lambda: None) -> exchange.Outcome:
-    """Changes that come by broadcast; `between` their beginning and their arrival."""
+def by_broadcast() -> PatchPush:
+    """Changes that come by broadcast."""
     push = PatchPush(["w"], ["float32"], [(4, 4)], [1], KEY, "1", version="7", form="broadcast")
-    push = broadcast.checked(push)
+    found = broadcast.checked(push)
+    assert isinstance(found, PatchPush)
+    return found
+
+
+def patches(engine: Engine, between: Callable[[], None] = lambda: None) -> exchange.Outcome:
+    """They come; `between` their beginning and their arrival."""
+    push = by_broadcast()
     begun = exchange.begin(push, ReceivePatches(push.session, push))
     assert engine.run(begun).session == push.session
     between()
     return engine.run(broadcast.go_on(push))
 
 
-BEGUN = ["IsPaused", "begin receive_patches"]
+BEGUN = ["begin receive_patches"]
 WRITTEN = ["apply commit", "ResetCaches", "SetVersion"]
 
 
@@ -221,21 +232,54 @@ def test_patches_leave_a_paused_engine_paused() -> None:
     assert engine.paused
 
 
-def test_patches_of_an_engine_that_was_resumed_meanwhile() -> None:
-    engine = Engine(paused=True)
-    patches(engine, lambda: setattr(engine, "paused", False))
-    assert engine.log[-5:] == ["Pause", *WRITTEN, "Resume"]
-    assert not engine.paused
+@pytest.mark.parametrize("paused", [False, True])
+def test_who_pauses_or_resumes_while_patches_arrive_is_heeded(paused: bool) -> None:
+    engine = Engine(paused=not paused)
+    patches(engine, lambda: setattr(engine, "paused", paused))
+    assert engine.log[-5:] == (
+        ["IsPaused", "prepare_patches", *WRITTEN] if paused else ["Pause", *WRITTEN, "Resume"]
+    )
+    assert engine.paused is paused
 
 
-def test_patches_that_do_not_arrive_leave_a_pause_as_it_is() -> None:
+@pytest.mark.parametrize("verb", ["progress", "prepare_patches"])
+def test_patches_that_do_not_arrive_leave_a_pause_as_it_is(verb: str) -> None:
     engine = Engine()
-    engine.ranks[1].fail = {"progress": BROKEN}
+    engine.ranks[1].fail = {verb: BROKEN}
     with pytest.raises(TransferError, match="the copy broke"):
         patches(engine, lambda: setattr(engine, "paused", True))
-    assert engine.log[-2:] == ["progress", "abort"]
+    assert "Resume" not in engine.log
     assert engine.paused
     assert engine.phases == ["IDLE", "IDLE"]
+
+
+def test_an_abort_while_patches_arrive_leaves_a_pause_as_it_is() -> None:
+    engine = Engine()
+
+    def abort() -> None:
+        engine.paused = True
+        engine.run(exchange.abort(msg.AbortBody("enough")))
+
+    with pytest.raises(TransferError):
+        patches(engine, abort)
+    assert engine.paused
+    assert engine.phases == ["IDLE", "IDLE"]
+
+
+def test_an_engine_that_cannot_be_asked_once_patches_are_here() -> None:
+    engine = Engine(fail="IsPaused")
+    engine.fails(broadcast.push(by_broadcast()), ConnectionError)
+    assert engine.log[-1] == "abort"
+    assert engine.phases == ["IDLE", "IDLE"]
+
+
+def test_patches_that_fail_while_written_resume_what_they_paused() -> None:
+    engine = Engine()
+    engine.ranks[0].fail = {"commit": BROKEN}
+    with pytest.raises(TransferError):
+        patches(engine)
+    assert engine.phases == ["DIRTY", "DIRTY"]
+    assert all(r.sticky for r in engine.ranks)  # by whoever heals it
 
 
 def test_two_pushes_are_two_sessions() -> None:

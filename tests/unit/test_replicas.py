@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import socket
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -18,15 +20,23 @@ from tests.unit import toys
 from tests.unit.test_session import Trainer, Worker
 from tests.unit.toys import same_bits
 from vllm_wt_plugin.errors import (
+    EngineAsleep,
     EngineDirty,
     HandleError,
+    NotBegun,
     PlanError,
     RequestError,
     ServerUnreachable,
+    TransferError,
+    UnknownRegistration,
     VersionMismatch,
+    WeightSyncError,
 )
 from vllm_wt_plugin.trainer import sync as module
+from vllm_wt_plugin.trainer.broadcast import _restarted
 from vllm_wt_plugin.trainer.client import HTTPClient
+from vllm_wt_plugin.trainer.delta import Snapshot
+from vllm_wt_plugin.trainer.replicas import ask
 from vllm_wt_plugin.trainer.sync import WeightSync
 from vllm_wt_plugin.wire import exchange
 from vllm_wt_plugin.wire import messages as msg
@@ -138,6 +148,61 @@ def test_a_replica_that_restarts_gets_everything_once_then_changes(run: Run) -> 
         assert run.all_serve()
     assert one.sparse == [False, True, True, True, True, True]
     assert two.sparse == [False, True, True]
+
+
+def test_an_error_of_another_kind_waits_for_the_others() -> None:
+    """Who may read what the caller frees next."""
+    done = []
+
+    def what(c: Replica) -> None:
+        if c.name == "one":
+            raise ValueError("no error of ours")
+        time.sleep(0.2)
+        done.append(c.name)
+
+    clients: Any = [Replica("one"), Replica("two")]
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(ValueError, match="of ours"):
+            ask(pool, clients, what)  # type: ignore[arg-type]
+        assert done == ["two"]
+
+
+def test_tensors_that_move_once_are_not_compared_before_they_are_looked_at(run: Run) -> None:
+    begun = []
+    begin = Snapshot.begin
+
+    def noted(self: Snapshot, source: Any) -> Any:
+        begun.append(begin(self, source))
+        return begun[-1]
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(Snapshot, "begin", noted)
+        for moves in (False, False, False, True, True, False):
+            if moves:
+                run.tensors |= {n: t.clone() for n, t in run.tensors.items()}
+            run.push()
+            assert run.all_serve()
+    assert [b is None for b in begun] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("errors", "again"),
+    [
+        ([TransferError("lost"), NotBegun("called off")], True),
+        ([NotBegun("called off"), EngineAsleep("asleep")], False),
+        ([UnknownRegistration("gone"), TransferError("lost")], True),
+        ([TransferError("lost")], False),
+    ],
+)
+def test_a_lost_group_is_made_anew_and_a_refusal_heard_once(
+    errors: list[WeightSyncError], again: bool
+) -> None:
+    assert _restarted({str(i): e for i, e in enumerate(errors)}) is again
+
+
+def test_a_replica_is_given_once(run: Run) -> None:
+    with pytest.raises(RequestError, match="given twice"):
+        WeightSync([*run.replicas, Replica("one")], token="")
 
 
 @pytest.mark.parametrize("mode", ["sparse", "dense"])

@@ -100,7 +100,7 @@ class EngineControl:
     ) -> exchange.Outcome:
         """A whole update that is broadcast: its two ends in one call of an idle core each."""
         push = broadcast.checked(push)
-        return await self._until_gone(self._push_broadcast(push), broadcast.session(push), gone)
+        return await self._until_gone(self._push_broadcast(push), push.session, gone)
 
     async def _push_broadcast(self, push: broadcast.Broadcast) -> exchange.Outcome:
         opening, go_on = broadcast.core_methods(push)

@@ -58,10 +58,10 @@ async def push_weights(request: Request, control: EngineControl) -> dict[str, An
 async def push_patches(request: Request, control: EngineControl) -> dict[str, Any]:
     """The same for a sparse update: what changed since `base_version`."""
     body = msg.decode(_patches, await request.body())
+    if body.form == "broadcast":
+        return _told(await control.push_broadcast(body, request.is_disconnected))
     body.check()
-    if body.form != "broadcast":
-        return _told(await control.push(body))
-    return _told(await control.push_broadcast(body, request.is_disconnected))
+    return _told(await control.push(body))
 
 
 async def push_broadcast(request: Request, control: EngineControl) -> dict[str, Any]:

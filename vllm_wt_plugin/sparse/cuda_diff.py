@@ -236,25 +236,30 @@ class CudaPart:
 
     def begin(self) -> Callable[[int], Diff | None]:
         fresh: list[torch.Tensor] = []
-        if self._table is None:
-            with on(self._device):
-                fresh = [_comparable(p) for p in self._pairs]
-        return partial(self._result, fresh, [self._found(fresh, self._room)])
+        try:
+            if self._table is None:
+                with on(self._device):
+                    fresh += (_comparable(p) for p in self._pairs)
+            return partial(self._result, fresh, [self._found(fresh, self._room)])
+        except torch.cuda.OutOfMemoryError:
+            return lambda _: None
 
     def _result(
         self, fresh: list[torch.Tensor], begun: list[_Found | None], capacity: int
     ) -> Diff | None:
-        """Takes what was `begun`; `fresh`: the tensors that were made for this comparison."""
+        """Takes what was `begun`; `fresh`: the new tensors, or copies made to be compared."""
         while (found := begun.pop()) is not None:
             ends, moved = found.sums.tolist()
             if (total := ends[-1]) > capacity:
-                return None
+                break
             if total <= found.room:
                 fresh.clear()
                 return self._diff(found, total, ends, moved)
             del found  # its memory is free for the next one
             begun.append(self._found(fresh, total))
-        self._room = self._first
+        else:
+            self._room = self._first
+        fresh.clear()
         return None
 
     def _diff(self, found: _Found, total: int, ends: list[int], moved: list[int]) -> Diff:

@@ -65,8 +65,8 @@ def share(words, index, key, SIZE: tl.constexpr, WIDE: tl.constexpr):  # type: i
 
 @triton.jit  # type: ignore[untyped-decorator]
 def span(patches, n, program, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What a program has of n `Patches`: of which entry, where that begins in the group, where the
-    program does, and how many elements are left from there."""
+    """What a program has of n `Patches`: which one, of which entry, where that begins in the group,
+    where the program does, and how many elements are left from there."""
     own = tl.zeros([], tl.int64)
     end = own + n
     while end - own > 1:

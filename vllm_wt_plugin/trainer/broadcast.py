@@ -371,5 +371,6 @@ class Broadcaster:
 
 
 def _restarted(errors: dict[str, WeightSyncError]) -> bool:
-    """Or served another trainer, or was called off because of one that did."""
-    return any(isinstance(e, (UnknownRegistration, NotBegun)) for e in errors.values())
+    """Or served another trainer; or was called off, by nobody's fault, as the group was lost."""
+    kinds = {type(e) for e in errors.values()}
+    return UnknownRegistration in kinds or (NotBegun in kinds and not culprits(errors))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import msgspec
@@ -203,9 +203,9 @@ class LLMClient:
         if isinstance(request, msg.BroadcastPush):
             return self._run(broadcast.push(request))
         if isinstance(request, PatchPush):
-            request.check()
             if request.form == "broadcast":
                 return self._run(broadcast.push(request))
+            request.check()
         elif request.register is not None:
             request.register.check()
         core = self._llm.llm_engine.engine_core
@@ -289,6 +289,18 @@ class LLMClient:
 
     def close(self) -> None:
         """Nothing of the LLM is ours."""
+
+
+def tell_apart(clients: Iterable[Client]) -> None:
+    """Give LLM objects names of their own. Raises RequestError for a replica given twice: what it
+    holds is known by its name."""
+    names = set[str]()
+    for c in clients:
+        if c.name in names and isinstance(c, LLMClient):
+            c.name = f"{c.name} {len(names) + 1}"
+        if c.name in names:
+            raise RequestError("this replica is given twice", where=c.name)
+        names.add(c.name)
 
 
 def client_for(target: Any, *, token: str | None, timeout_s: float) -> Client:

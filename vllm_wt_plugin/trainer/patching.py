@@ -7,18 +7,16 @@ Snapshot.changes ─▶ PatchSender.load (once) ─▶ PatchSender.send (to each
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import Executor
 from typing import Any
 
 import msgspec
 import torch
 
-from vllm_wt_plugin.errors import UnknownRegistration, WeightSyncError
+from vllm_wt_plugin.errors import UnknownRegistration
 from vllm_wt_plugin.sparse.checksum import checksum_runs
 from vllm_wt_plugin.sparse.patch import SparseWeightPatch
 from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Changes
-from vllm_wt_plugin.trainer.replicas import ask
 from vllm_wt_plugin.transport.ipc import Exporter
 from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.transport.patches import share
@@ -107,12 +105,6 @@ class PatchSender:
             done = client.push(full)
         self._known[client.name] = registration.id
         return done
-
-    def each(
-        self, clients: list[Client], pool: Executor
-    ) -> tuple[dict[str, Outcome], dict[str, WeightSyncError]]:
-        """`send` to all at once: outcomes and errors, by name."""
-        return ask(pool, clients, self.send)
 
     def forget(self, name: str) -> None:
         self._known.pop(name, None)

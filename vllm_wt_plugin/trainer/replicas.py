@@ -61,6 +61,7 @@ def gather(
                 errors[names[f]] = exc
             elif exc is not None:
                 failed()
+                wait(pending, grace_s)  # they may read what the caller frees
                 raise exc
             else:
                 results[names[f]] = f.result()

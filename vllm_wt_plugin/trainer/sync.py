@@ -21,7 +21,7 @@ from vllm_wt_plugin.errors import (
     WeightSyncError,
 )
 from vllm_wt_plugin.trainer.broadcast import Broadcaster
-from vllm_wt_plugin.trainer.client import Client, LLMClient, client_for
+from vllm_wt_plugin.trainer.client import Client, LLMClient, client_for, tell_apart
 from vllm_wt_plugin.trainer.listing import Lister, Listing
 from vllm_wt_plugin.trainer.meeting import GroupOptions
 from vllm_wt_plugin.trainer.packed import PackedSender, PackedSenders
@@ -94,6 +94,7 @@ class WeightSync:
         if backend == "nccl":  # replicas keep the deadlines, and say more when they pass
             self._timeout_s = max(timeout_s, rendezvous_s) + 2 * GRACE_S
         self._clients = [self._client(t) for t in targets]
+        tell_apart(self._clients)
         in_process = all(_in_process(c) for c in self._clients)
         self._exporter = MemoryExporter() if in_process else Exporter()
         self._owner = owner or f"{socket.gethostname()}:{os.getpid()}"
@@ -160,12 +161,12 @@ class WeightSync:
         self._pushes += 1
         version = str(self._pushes if version is None else version)
         start = time.perf_counter()
-        via, last, begun = self._broadcaster, self._lister.recall(source), None
+        via, begun = self._broadcaster, None
         try:
             if mode != "dense":
-                begun = self._tracker.begin(last, self._clients)
+                begun = self._tracker.begin(self._lister.recall(source), self._clients)
             elif via is not None:
-                via.begin(last, version, self._clients)
+                via.begin(self._lister.recall(source), version, self._clients)
             listing = self._lister.list(source)
         except BaseException:
             if via is not None:
@@ -181,6 +182,7 @@ class WeightSync:
         sent = None
         if mode != "dense":
             sent = self._tracker.push(listing, version, mode, self._clients, begun)
+        begun = None  # and the memory that it has
         left = [c for c in self._clients if sent is None or c.name not in sent.outcomes]
         outcomes = {} if sent is None else dict(sent.outcomes)
         seconds |= {} if sent is None else sent.seconds

@@ -23,7 +23,7 @@ from vllm_wt_plugin.trainer.client import Client
 from vllm_wt_plugin.trainer.delta import Begun, Changes, Cost, Snapshot
 from vllm_wt_plugin.trainer.listing import Listing
 from vllm_wt_plugin.trainer.patching import PatchSender
-from vllm_wt_plugin.trainer.replicas import overdue
+from vllm_wt_plugin.trainer.replicas import ask, overdue
 from vllm_wt_plugin.trainer.report import ReplicaOutcome
 from vllm_wt_plugin.transport.layout import BaseExporter
 from vllm_wt_plugin.wire.exchange import Outcome
@@ -75,6 +75,7 @@ class Tracker:
         self._sender: PatchSender | None = None
         self._cost = Cost()
         self._changes: Changes | None = None
+        self._foresees = True
 
     def adopt(self, source: Listing, held: Mapping[str, Held], unseen: Collection[str]) -> None:
         """`source` is what these replicas hold, but for `unseen`, which nobody could compare."""
@@ -87,6 +88,8 @@ class Tracker:
     def begin(self, source: Listing | None, clients: list[Client]) -> Begun | None:
         """What `push` will compare, if these are still the source's tensors."""
         if source is None or self._snapshot is None or not self._ready(clients):
+            return None
+        if not self._foresees:
             return None
         return self._snapshot.begin(source)
 
@@ -102,6 +105,7 @@ class Tracker:
         """Send what changed to every replica that holds the last push. Those that are not in the
         outcome's table want a dense push: they were never tried, or refused in a way it heals."""
         self._changes = None
+        self._foresees &= begun is None or begun.source is source  # what moves once moves again
         ready = self._ready(clients)
         start = time.perf_counter()
         if self._snapshot is None or not ready or not self._snapshot.fits(source):
@@ -116,7 +120,7 @@ class Tracker:
         self._sender.load(changes, self._snapshot.first(), self._version, version, self._owner)
         loaded = time.perf_counter()
         if self._broadcast is None:
-            done, errors = self._sender.each(ready, self._pool)
+            done, errors = ask(self._pool, ready, self._sender.send)
         else:
             done, errors = self._broadcast(self._sender, ready)
         for name in errors:

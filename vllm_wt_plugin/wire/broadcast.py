@@ -134,11 +134,6 @@ def checked(push: Broadcast) -> Broadcast:
     return push
 
 
-def session(push: Broadcast) -> str:
-    """What an abort of it names."""
-    return push.session if isinstance(push, PatchPush) else push.start.session
-
-
 def core_methods(push: Broadcast) -> tuple[str, str]:
     """The engine core's methods of `opening` and `go_on` (`worker/core.py`)."""
     if isinstance(push, PatchPush):
@@ -170,10 +165,8 @@ def opening(push: Broadcast) -> Steps:
 def go_on(push: Broadcast) -> Steps:
     """Take what has come of it, and commit once that is all: it is open as long as the outcome
     says a session. Patches arrive while the engine serves: it is paused to write them alone."""
-    name = session(push)
-    ended_by = exchange.or_undo if isinstance(push, PatchPush) else _or_abort
-    replies = yield from ended_by(_look(name), name)
-    came = Outcome(replies[0].state.version, slowest(replies), None, name)
+    replies = yield from _or_abort(_look(push.session), push.session)
+    came = Outcome(replies[0].state.version, slowest(replies), None, push.session)
     if _coming(replies):
         return came
     if isinstance(push, PatchPush):

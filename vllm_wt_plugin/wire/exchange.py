@@ -14,7 +14,7 @@ import secrets
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 import msgspec
 
@@ -90,7 +90,6 @@ class Outcome:
 
 
 Steps = Generator[Action, Any, Outcome]
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -141,23 +140,22 @@ def core_method(request: msg.PushRequest | PatchPush) -> str:
     return "weight_push" if isinstance(request, msg.PushRequest) else "weight_patch"
 
 
-def push(
-    request: msg.PushRequest | PatchPush, lease_s: float = msg.LEASE_S, *, begun: bool = False
-) -> Steps:
+def push(request: msg.PushRequest | PatchPush, *, begun: bool = False) -> Steps:
     """One whole update; or the rest of one that has `begun`, and whose patches are here."""
     named = request.session if isinstance(request, PatchPush) else ""
     session = named or secrets.token_hex(16)
-    was_paused = bool((yield IsPaused()))
     specs = () if isinstance(request, PatchPush) or not request.register else request.register.specs
     done: list[Reply] = []
     paused = False  # by us
     try:
-        verbs: tuple[msg.Verb, ...] = (_prepare(session, request),)
+        was_paused = bool((yield IsPaused()))
+        verbs: tuple[msg.Verb, ...] = (_prepare(session, request, not was_paused),)
         if not begun:
-            verbs = msg.Begin(session, request.owner, lease_s, not was_paused), *verbs
+            verbs = msg.Begin(session, request.owner, msg.LEASE_S, not was_paused), *verbs
         ready = yield Call(verbs)
         report = agree(ready, specs)
-        yield from _still_paused(was_paused, ready)
+        if not begun:
+            yield from _still_paused(was_paused, ready)
         if not was_paused:
             paused = True
             yield Pause()
@@ -177,12 +175,12 @@ def push(
         if isinstance(exc, WeightSyncError):
             exc.rolled_back = bool(done) and all(r.state.phase == "IDLE" for r in now)
         raise
-    return (yield from _publish([*ready, *done], done, report, paused=paused))
+    return (yield from _publish([*ready, *done], done, report))
 
 
-def _prepare(session: str, request: msg.PushRequest | PatchPush) -> msg.Verb:
+def _prepare(session: str, request: msg.PushRequest | PatchPush, pauses: bool) -> msg.Verb:
     if isinstance(request, PatchPush):
-        return msg.PreparePatches(session, request)
+        return msg.PreparePatches(session, request, pauses)
     return msg.Prepare(session, request.registration, request.register, True, request.replaces)
 
 
@@ -204,26 +202,13 @@ def _end_turn(replies: list[Reply]) -> Generator[Action, Any, None]:
 def begin(request: PatchPush, *more: msg.Verb) -> Steps:
     """Open the update of patches that are yet to come; the engine goes on serving."""
     session = request.session
-    was_paused = bool((yield IsPaused()))
-
-    def opened() -> Generator[Action, Any, list[Reply]]:
-        begin = msg.Begin(session, request.owner, msg.LEASE_S, not was_paused)
-        replies: list[Reply] = yield Call((begin, *more))
-        agree(replies)
-        yield from _still_paused(was_paused, replies)
-        return replies
-
-    replies = yield from or_undo(opened(), session)
-    return Outcome(replies[0].state.version, slowest(replies), None, session)
-
-
-def or_undo(steps: Generator[Action, Any, T], session: str) -> Generator[Action, Any, T]:
-    """`steps` of an open update that has not paused the engine; where they fail, it is ended."""
     try:
-        return (yield from steps)
+        replies = yield Call((msg.Begin(session, request.owner, msg.LEASE_S, False), *more))
+        agree(replies)
     except Exception as exc:
         yield from _undo(session, exc, [], resume=False)
         raise
+    return Outcome(replies[0].state.version, slowest(replies), None, session)
 
 
 def start(body: msg.StartBody, *more: msg.Verb) -> Steps:
@@ -347,12 +332,9 @@ def abort(body: msg.AbortBody) -> Steps:
     return Outcome(replies[0].state.version, slowest(replies), None, session)
 
 
-def _publish(
-    all_: list[Reply], done: list[Reply], report: PlanReport | None, *, paused: bool = False
-) -> Steps:
-    """After a commit. `paused`: by us, whoever had paused the engine before."""
+def _publish(all_: list[Reply], done: list[Reply], report: PlanReport | None) -> Steps:
     version = done[0].state.version
-    resume = paused or any(r.info.get("resume") for r in done)
+    resume = any(r.info.get("resume") for r in done)
     try:
         yield ResetCaches()
         yield SetVersion(version)

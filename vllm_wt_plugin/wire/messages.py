@@ -25,8 +25,7 @@ from vllm_wt_plugin.wire.params import Name, Owner, ParamSpec, Session, Text, Ve
 from vllm_wt_plugin.wire.patches import Checksum, PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
-decode, convert = decoding.decode, decoding.convert
-PROTOCOL = 1
+decode, convert, PROTOCOL = decoding.decode, decoding.convert, 1
 BY_GROUP = ("nccl", "sparse_nccl")  # backends whose clients only name what they broadcast
 BACKENDS = ("ipc", *BY_GROUP)
 LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
@@ -224,10 +223,11 @@ class PreparePart(_Verb, frozen=True, tag="prepare_part"):
 
 
 class PreparePatches(_Verb, frozen=True, tag="prepare_patches"):
-    """Check everything about a push of patches that came, write nothing."""
+    """Check patches that came, write nothing. `pauses`: the engine, next, until the update ends."""
 
     session: Session
     push: PatchPush
+    pauses: bool = False
 
 
 class Sums(_Verb, frozen=True, tag="sums"):

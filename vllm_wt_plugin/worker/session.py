@@ -227,6 +227,7 @@ class WorkerSession:
         with out.timed("check"):
             update.prepare()
         open_.patches.append(update)
+        open_.resume_after |= verb.pauses
 
     def apply(self, session: str, out: Draft) -> None:
         open_ = self._mine(session, out)
