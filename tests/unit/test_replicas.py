@@ -34,7 +34,7 @@ from vllm_wt_plugin.errors import (
 )
 from vllm_wt_plugin.trainer import sync as module
 from vllm_wt_plugin.trainer.broadcast import _restarted
-from vllm_wt_plugin.trainer.client import HTTPClient
+from vllm_wt_plugin.trainer.client import HTTPClient, LLMClient, tell_apart
 from vllm_wt_plugin.trainer.delta import Snapshot
 from vllm_wt_plugin.trainer.replicas import ask
 from vllm_wt_plugin.trainer.sync import WeightSync
@@ -198,6 +198,14 @@ def test_a_lost_group_is_made_anew_and_a_refusal_heard_once(
     errors: list[WeightSyncError], again: bool
 ) -> None:
     assert _restarted({str(i): e for i, e in enumerate(errors)}) is again
+
+
+def test_engines_in_this_process_have_names_of_their_own() -> None:
+    llms = [object.__new__(LLMClient) for _ in range(3)]
+    for c in llms:
+        c.name = "LLM"
+    tell_apart(llms)
+    assert [c.name for c in llms] == ["LLM", "LLM 2", "LLM 3"]
 
 
 def test_a_replica_is_given_once(run: Run) -> None:

@@ -87,9 +87,9 @@ class Tracker:
 
     def begin(self, source: Listing | None, clients: list[Client]) -> Begun | None:
         """What `push` will compare, if these are still the source's tensors."""
-        if source is None or self._snapshot is None or not self._ready(clients):
+        if source is None or self._snapshot is None:
             return None
-        if not self._foresees:
+        if not (self._foresees and self._ready(clients)):
             return None
         return self._snapshot.begin(source)
 

@@ -25,7 +25,8 @@ from vllm_wt_plugin.wire.params import Name, Owner, ParamSpec, Session, Text, Ve
 from vllm_wt_plugin.wire.patches import Checksum, PatchPush
 from vllm_wt_plugin.wire.update import UpdateInfo
 
-decode, convert, PROTOCOL = decoding.decode, decoding.convert, 1
+decode, convert = decoding.decode, decoding.convert
+PROTOCOL = 1
 BY_GROUP = ("nccl", "sparse_nccl")  # backends whose clients only name what they broadcast
 BACKENDS = ("ipc", *BY_GROUP)
 LEASE_S = 60.0  # an update whose trainer is silent for so long is ended
@@ -121,8 +122,7 @@ class FinishBody(_Data, frozen=True):
 
 
 class BroadcastPush(_Data, frozen=True):
-    """One whole dense update through a group, `POST /push_broadcast`: start, receive and finish
-    in one request, for a replica that holds the announcement. `forms`: see `wire/nccl.py`."""
+    """`POST /push_broadcast`: all of an update the replica knows. `forms`: see `wire/nccl.py`."""
 
     start: StartBody
     version: Version | None = None

@@ -6,6 +6,7 @@ prepare (check) → apply (write, keep the old bits, compare checksums) → fini
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cached_property
 
 import torch
 
@@ -127,6 +128,11 @@ class PatchUpdate:
         self._patched = {s.name for s in specs} & places.whole.keys() if places.whole else set()
         self.wrote = self._processed = False
 
+    @cached_property
+    def _want(self) -> dict[str, int]:
+        """By how much each checksum is to move; not asked for where all are right at once."""
+        return dict(zip(self._push.names, self._push.sums, strict=False))
+
     @property
     def exact(self) -> bool:
         """Whether `undo` can put back all that was written."""
@@ -175,7 +181,7 @@ class PatchUpdate:
             sums = ways.swap()
             if self._alone and sums == self._push.sums:
                 continue
-            want = dict(zip(self._push.names, self._push.sums, strict=False))
+            want = self._want
             for spec, have in zip(group.specs, sums, strict=True):
                 if spec.name not in want:
                     continue
